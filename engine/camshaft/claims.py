@@ -1,0 +1,136 @@
+"""Who owns what: claims, plans, and the conflicts between them, found before any process group exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
+
+from camshaft.errors import Problem
+
+if TYPE_CHECKING:
+    from camshaft.mesh import MeshShape
+    from camshaft.recipe.schema import Recipe
+
+Resource = Literal[
+    "parameter.layout",
+    "gradient.layout",
+    "gradient.reduce",
+    "optimizer.layout",
+    "activation.layout",
+    "module.implementation",
+    "module.recompute",
+]
+"""What can be owned. The vocabulary is closed, so that two plugins that never heard of each other can collide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A plugin will lay out, reduce or replace ``resource`` along mesh axis ``axis`` for names matching ``target``.
+
+    ``target`` is a glob over parameter or module names. Two claims collide when resource and axis are equal and
+    their targets overlap. ``axis`` is empty for resources that no axis divides (a module's implementation).
+    """
+
+    resource: Resource
+    axis: str = ""
+    target: str = "*"
+
+    def __str__(self) -> str:
+        where = f"@{self.axis}" if self.axis else ""
+        return f"{self.resource}{where}" + ("" if self.target == "*" else f" [{self.target}]")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one plugin says before anything is built.
+
+    ``requires`` and ``provides`` are names of facts that no claim expresses (``elementwise_optimizer``).
+    ``problems`` are faults of its own: a size that does not divide, a device that lacks a feature.
+    """
+
+    claims: tuple[Claim, ...] = ()
+    requires: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanContext:
+    """All that ``plan`` may look at. Pure data, equal on every rank, made without torch."""
+
+    recipe: Recipe
+    mesh: MeshShape
+    plugins: tuple[str, ...]
+    device: str
+    """``cpu``, ``cuda``, or ``any`` when the recipe is planned for a machine that is not this one."""
+
+
+def overlap(left: str, right: str) -> bool:
+    """Whether two globs can match one name. Exact for literals and prefixes, and errs towards yes otherwise."""
+    if not any(sign in left for sign in "*?["):
+        return fnmatchcase(left, right)
+    if not any(sign in right for sign in "*?["):
+        return fnmatchcase(right, left)
+    head_left, head_right = _literal_head(left), _literal_head(right)
+    tail_left, tail_right = _literal_head(left[::-1]), _literal_head(right[::-1])
+    return _prefix(head_left, head_right) and _prefix(tail_left, tail_right)
+
+
+def _literal_head(glob: str) -> str:
+    for index, sign in enumerate(glob):
+        if sign in "*?[]":
+            return glob[:index]
+    return glob
+
+
+def _prefix(left: str, right: str) -> bool:
+    return left.startswith(right) or right.startswith(left)
+
+
+def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
+    """Every conflict between plans: colliding claims, unmet requirements, axes that nobody claims.
+
+    ``plans`` maps plugin to plan in recipe order. Problems carry the recipe key of the plugin to change.
+    """
+    problems = [problem for plan in plans.values() for problem in plan.problems]
+    problems += _collisions(plans)
+    provided = {fact for plan in plans.values() for fact in plan.provides}
+    for name, plan in plans.items():
+        problems += [
+            Problem(
+                f"plugin '{name}' needs '{fact}', which no enabled plugin provides",
+                key=f"plugins.{name}",
+                fix=f"enable a plugin that provides '{fact}', or remove '{name}'",
+            )
+            for fact in plan.requires
+            if fact not in provided
+        ]
+    claimed = {claim.axis for plan in plans.values() for claim in plan.claims}
+    problems += [
+        Problem(
+            f"axis '{axis.name}' has degree {axis.degree}, and no enabled plugin claims it:"
+            " its ranks would train without ever exchanging anything",
+            key=f"parallel.{axis.key}",
+            fix=f"enable a plugin that works along '{axis.name}'"
+            f"{' (plugins.ddp: {})' if axis.splits_batch else ''}, or set parallel.{axis.key}=1",
+        )
+        for axis in mesh.axes
+        if axis.degree > 1 and axis.name not in claimed
+    ]
+    return problems
+
+
+def _collisions(plans: Mapping[str, Plan]) -> list[Problem]:
+    owned: Sequence[tuple[str, Claim]] = [(name, claim) for name, plan in plans.items() for claim in plan.claims]
+    return [
+        Problem(
+            f"plugins '{first}' and '{second}' both claim {claim}: only one plugin can own it",
+            key=f"plugins.{second}",
+            fix=f"remove one of them, for example with plugins.{second}=null",
+        )
+        for index, (first, claim) in enumerate(owned)
+        for second, other in owned[index + 1 :]
+        if claim.resource == other.resource and claim.axis == other.axis and overlap(claim.target, other.target)
+    ]

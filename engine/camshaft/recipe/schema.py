@@ -1,0 +1,175 @@
+"""The recipe as a typed, frozen object. Everything under ``plugins`` is typed by the plugin that owns it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and wrong types are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The architecture: a preset, single fields that change it, or every field."""
+
+    preset: str | None = None
+    """Name of a shipped architecture; `camshaft explain` shows its fields."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding. Without it: the preset's, or the tokenizer's where the preset leaves it open."""
+    hidden_size: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    """Width of one attention head; without it hidden_size / num_attention_heads."""
+    max_position_embeddings: PositiveInt | None = None
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    """Hugging Face's `rope_scaling` block; type `llama3` is known."""
+    rms_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    initializer_range: Annotated[float, Field(gt=0)] | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    """Bias on the q, k and v projections (Qwen2)."""
+    qk_norm: bool | None = None
+    """RMSNorm on each head of q and k (Qwen3)."""
+
+
+class Tokenizer(Section):
+    """How text becomes token ids."""
+
+    type: Literal["bpe", "byte", "file"] = "bpe"
+    """`bpe`: trained on the corpus and cached; `byte`: one id a byte; `file`: a local `tokenizer.json`."""
+    vocab_size: Annotated[int, Field(ge=258, le=1_000_000)] | None = None
+    """Size of a trained vocabulary; only for `bpe`."""
+    path: str | None = None
+    """The `tokenizer.json`; only for `file`. Relative paths start at the recipe's folder."""
+
+
+class BlendPart(Section):
+    """One dataset of a blend."""
+
+    prefix: str
+    """Path of an indexed dataset without `.bin` and `.idx`. Relative paths start at the recipe's folder."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the samples, relative to the other parts."""
+
+
+class IndexedData(Section):
+    """Tokenised data in Megatron's indexed format."""
+
+    blend: Annotated[list[BlendPart], Field(min_length=1)]
+
+
+class TextData(Section):
+    """Raw text, tokenised once and cached."""
+
+    files: Annotated[list[str], Field(min_length=1)]
+    """Text files (one document each) and `.jsonl` files (one document a line)."""
+    json_key: str = "text"
+
+
+class Data(Section):
+    """What the model reads."""
+
+    train: Literal["python-docs", "python-source"] | IndexedData | TextData = "python-docs"
+    validation: IndexedData | TextData | None = None
+    """A validation set of its own; otherwise `validation_fraction` of the training documents."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    sequence_length: PositiveInt = 128
+    """Tokens of one sample."""
+    pack: bool = True
+    """Concatenate documents and cut every `sequence_length` tokens; otherwise one document a sample, padded."""
+    document_mask: bool = True
+    """Attention stays inside a document, and positions restart with it."""
+    cache_dir: str | None = None
+    """Where tokenised corpora are kept; default: `camshaft` in the user's cache folder."""
+
+
+class Batch(Section):
+    """Batch algebra: global = micro x accumulation x data-parallel ranks."""
+
+    micro_batch_size: PositiveInt
+    """Samples of one forward on one rank."""
+    global_batch_size: PositiveInt
+    """Samples of one optimizer step on all ranks."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Derived when absent, checked when given."""
+
+
+class Parallel(Section):
+    """Degrees of the mesh axes."""
+
+    data_parallel: PositiveInt | Literal["auto"] = "auto"
+    """`auto`: what the other degrees leave of the processes."""
+    pipeline_parallel: PositiveInt = 1
+    context_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+
+
+class Training(Section):
+    """How long to train, and how often to look."""
+
+    max_steps: PositiveInt | None = None
+    max_epochs: PositiveInt | None = None
+    """Stop after so many passes; the last window holds what is left and may be short."""
+    max_tokens: PositiveInt | None = None
+    log_every: PositiveInt = 10
+    """Steps between two log records; device values are copied to the host only then."""
+    eval_every: PositiveInt | None = None
+    eval_samples: PositiveInt = 64
+    """Validation samples an evaluation reads, over all ranks."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms (always on a CPU)."""
+
+
+class Launch(Section):
+    """How many processes, and who starts them."""
+
+    launcher: Literal["deepspeed", "torchrun"] = "deepspeed"
+    processes: PositiveInt | Literal["auto"] = "auto"
+    """Processes on this machine. `auto`: one a GPU, one without a GPU."""
+    threads_per_rank: PositiveInt | Literal["auto"] = "auto"
+    """Threads of one rank on a CPU. `auto`: cores / processes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: cuda where there is a GPU, else the CPU."""
+    group_timeout_s: Annotated[int, Field(ge=1, le=600)] = 600
+    """How long a collective may wait for a peer before the run stops."""
+
+
+class Run(Section):
+    """Where a run writes."""
+
+    root: str = "runs"
+    """Folder of all runs. Relative to the working directory."""
+    dir: str | None = None
+    """Exactly this folder instead of `<root>/<name>/<id>`; a run found in it is continued."""
+
+
+class Recipe(Section):
+    """The root of a recipe."""
+
+    schema_version: Literal[1]
+    name: str
+    """Letters, digits, `.`, `_`, `-`; at most 64; not starting with a dot."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: Model = Model()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    batch: Batch
+    parallel: Parallel = Parallel()
+    training: Training = Training()
+    launch: Launch = Launch()
+    run: Run = Run()
+    plugins: dict[str, Any] = {}
+    """Plugin name to its options object, in the order in which they take effect."""
