@@ -98,11 +98,14 @@ class Host:
         return cls({name: plugin_class(name)(options) for name, options in sections.items()})
 
     def implementations(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
-        """(plugin, function) of every implementation of ``hook``, in recipe order; all parameters are accepted."""
+        """(plugin, function) of every implementation of ``hook``, in recipe order.
+
+        Each function accepts all of the hook's arguments by position, and puts plugin and hook into its errors.
+        """
         names = _spec_parameters()[hook]
         found = {item.plugin_name: item for item in getattr(self.manager.hook, hook).get_hookimpls()}
         return [
-            (name, _accept_all(found[name].function, found[name].argnames, names))
+            (name, guard(name, hook, _accept_all(found[name].function, found[name].argnames, names)))
             for name in self.plugins
             if name in found
         ]
@@ -119,8 +122,8 @@ class Host:
         return {slot: [name for name, _ in self.implementations(slot)] for slot in sorted(SLOTS)}
 
     def call(self, hook: str, *arguments: Any) -> list[tuple[str, Any]]:
-        """Call every implementation in recipe order and return (plugin, result). Errors carry plugin and hook."""
-        return [(name, guarded(name, hook, function, *arguments)) for name, function in self.implementations(hook)]
+        """Call every implementation in recipe order and return (plugin, result)."""
+        return [(name, function(*arguments)) for name, function in self.implementations(hook)]
 
     def _check_signatures(self, plugin_name: str, plugin: Plugin) -> None:
         """What pluggy accepts in silence: misspelt names, unmarked methods, defaults, keyword-only parameters."""
@@ -150,14 +153,20 @@ class Host:
                     )
 
 
-def guarded(plugin: str, hook: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a hook implementation; an unexpected error is raised again with plugin and hook in it."""
-    try:
-        return function(*arguments)
-    except (CamshaftError, KeyboardInterrupt, MemoryError):
-        raise
-    except Exception as error:
-        raise PluginError(plugin, hook, f"{type(error).__name__}: {error}") from error
+def guard(plugin: str, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Put plugin and hook into unexpected errors of ``function``; costs nothing while none is raised."""
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (CamshaftError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's own, which the core tells users apart
+                raise
+            raise PluginError(plugin, hook, f"{type(error).__name__}: {error}") from error
+
+    return call
 
 
 def slot_problems(owners: Mapping[str, list[str]]) -> list[Problem]:

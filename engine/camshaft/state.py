@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from camshaft.rundir import RunDirectory
 
 
+Component = tuple[str, Callable[[], Mapping[str, Any]], Callable[[Mapping[str, Any]], None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Dtypes that owners of storage, computation and reduction read.
@@ -55,6 +58,8 @@ class World:
     policy: Policy
     batch: BatchPlan
     run: RunDirectory
+    total_steps: int
+    """Optimizer steps of the whole run, from max_steps, max_epochs or max_tokens."""
     roles: dict[str, str] = field(default_factory=dict)
     """Parameter name to role: ``matrix``, ``embedding``, ``norm`` or ``bias``; filled when the model is built."""
 
@@ -91,9 +96,7 @@ class State:
     last_record: Mapping[str, float | int] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
     """Host numbers that plugins add to the next log record, under ``plugin/<name>/<metric>``."""
-    components: list[tuple[str, Callable[[], Mapping[str, Any]], Callable[[Mapping[str, Any]], None]]] = field(
-        default_factory=list
-    )
+    components: list[Component] = field(default_factory=list)
     """(plugin, state_dict, load_state_dict) of each plugin that has state of its own; filled by the build."""
 
     def named_parameters(self) -> Mapping[str, Parameter]:

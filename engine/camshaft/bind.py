@@ -1,0 +1,41 @@
+"""Binding: hook implementations become plain callables once, so that a step makes no pluggy call.
+
+One pluggy call costs about 1.4 us with one implementation and 7.5 us with twenty; a bound callable 0.05 and 0.5 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from camshaft.errors import PluginError
+from camshaft.host import Host
+
+
+def event(host: Host, hook: str) -> Callable[..., None] | None:
+    """All implementations of an event as one callable, or None if there are none."""
+    calls = tuple(function for _, function in host.implementations(hook))
+    if len(calls) <= 1:
+        return calls[0] if calls else None
+
+    def fire(*arguments: Any) -> None:
+        for call in calls:
+            call(*arguments)
+
+    return fire
+
+
+def slot(host: Host, hook: str) -> Callable[..., Any] | None:
+    """The owner's implementation of a slot, or None if nobody owns it."""
+    owner = host.owner(hook)
+    return None if owner is None else owner[1]
+
+
+def middleware(host: Host, hook: str, state: Any, innermost: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``innermost`` by every implementation, once; the first plugin of the recipe ends up outermost."""
+    call = innermost
+    for name, wrap in reversed(host.implementations(hook)):
+        call = wrap(state, call)
+        if not callable(call):
+            raise PluginError(name, hook, f"must return a callable, got {type(call).__name__}")
+    return call

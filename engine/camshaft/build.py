@@ -1,0 +1,147 @@
+"""Building a run: every phase in its fixed order, each plugin in recipe order, each change checked.
+
+``plan`` (before this, without torch) -> precision -> rewrite -> build_model (meta) -> split -> shard_compute ->
+recompute -> compile_model -> shard_storage -> materialize -> optimizer -> schedule -> bind
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from camshaft import program as programs
+from camshaft.claims import Plan
+from camshaft.data.loader import Loader
+from camshaft.distributed import Control
+from camshaft.errors import PluginError
+from camshaft.host import Host
+from camshaft.models.config import ModelConfig
+from camshaft.state import Policy, State, World
+
+CHAINS = ("shard_compute", "recompute", "compile_model", "shard_storage")
+"""Phases in which every plugin may change the model in place, in this order, after ``split``."""
+
+SINGLE = Policy(torch.float32, torch.float32, torch.float32, torch.float32)
+"""Policy of a recipe without a precision plugin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one parameter is laid out: what a phase may change only if it claimed it."""
+
+    shape: tuple[int, ...]
+    placement: str
+    dtype: torch.dtype
+    trains: bool
+
+
+def build(
+    host: Host, world: World, config: ModelConfig, plans: Mapping[str, Plan], loader: Loader, control: Control
+) -> tuple[State, tuple[programs.Action, ...]]:
+    """Run the build phases and return the state and the checked program of one window."""
+    precision = host.owner("precision")
+    if precision is not None:
+        world.policy = _expect(precision[0], "precision", precision[1](world), Policy)
+    config = _rewrite(host, world, config)
+    model = _model(host, world, config)
+    world.roles = roles(model)
+    for phase in CHAINS:
+        _chain(host, phase, world, model, plans)
+    _materialize(host, world, model)
+    owner = host.owner("optimizer")
+    if owner is None:
+        raise PluginError("?", "optimizer", "no plugin owns the optimizer; `camshaft validate` says how to add one")
+    optimizer: Optimizer = _expect(owner[0], "optimizer", owner[1](world, model), Optimizer)
+    state = State(world=world, config=config, model=model, optimizer=optimizer, loader=loader, control=control)
+    scheduler = host.owner("schedule")
+    actions = programs.accumulate(world.batch.accumulation) if scheduler is None else scheduler[1](world)
+    checked = programs.check(actions, world.batch.accumulation, "core" if scheduler is None else scheduler[0])
+    return state, checked
+
+
+def _rewrite(host: Host, world: World, config: ModelConfig) -> ModelConfig:
+    for name, function in host.implementations("rewrite"):
+        changed = function(world, config)
+        if changed is not None:
+            config = _expect(name, "rewrite", changed, ModelConfig)
+    return config
+
+
+def _model(host: Host, world: World, config: ModelConfig) -> Module:
+    owner = host.owner("build_model")
+    with torch.device("meta"):
+        if owner is None:
+            from camshaft.models.llama import Llama
+
+            model: Module = Llama(config)
+        else:
+            model = _expect(owner[0], "build_model", owner[1](world, config), Module)
+    splitter = host.owner("split")
+    if splitter is not None:
+        model = _expect(splitter[0], "split", splitter[1](world, model), Module)
+    return model.train()
+
+
+def roles(model: Module) -> dict[str, str]:
+    """Role of each parameter: what the model says, else by its number of dimensions."""
+    declared: dict[str, str] = model.roles() if hasattr(model, "roles") else {}
+    return {
+        name: declared.get(name, "matrix" if parameter.ndim >= 2 else "bias" if name.endswith("bias") else "norm")
+        for name, parameter in model.named_parameters()
+    }
+
+
+def layouts(model: Module) -> dict[str, Layout]:
+    """Layout of each parameter as seen from outside; DTensors tell their placements."""
+    return {
+        name: Layout(
+            tuple(parameter.shape), str(getattr(parameter, "placements", "")), parameter.dtype, parameter.requires_grad
+        )
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _chain(host: Host, phase: str, world: World, model: Module, plans: Mapping[str, Plan]) -> None:
+    for name, function in host.implementations(phase):
+        before = layouts(model)
+        function(world, model)
+        _check_layouts(name, phase, before, layouts(model), plans.get(name, Plan()))
+
+
+def _check_layouts(
+    name: str, phase: str, before: Mapping[str, Layout], after: Mapping[str, Layout], plan: Plan
+) -> None:
+    """A phase may not rename parameters, nor lay out anew what its plugin did not claim."""
+    if before.keys() != after.keys():
+        gone, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+        raise PluginError(name, phase, f"parameter names changed: {gone[:3]} became {new[:3]}; only `split` may do that")
+    targets = [claim.target for claim in plan.claims if claim.resource == "parameter.layout"]
+    for parameter, layout in after.items():
+        if layout != before[parameter] and not any(fnmatchcase(parameter, target) for target in targets):
+            raise PluginError(
+                name,
+                phase,
+                f"laid out '{parameter}' anew ({before[parameter]} -> {layout}) without a claim on parameter.layout",
+            )
+
+
+def _materialize(host: Host, world: World, model: Module) -> None:
+    owner = host.owner("materialize")
+    if owner is not None:
+        owner[1](world, model)
+        return
+    from camshaft.models.init import materialize
+
+    materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.param)
+
+
+def _expect(plugin: str, hook: str, value: Any, wanted: type[Any]) -> Any:
+    if not isinstance(value, wanted):
+        raise PluginError(plugin, hook, f"must return a {wanted.__name__}, got {type(value).__name__}")
+    return value

@@ -1,0 +1,270 @@
+"""The life of a run on one rank: connect, build, load, step until done, log, evaluate, save, close."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from camshaft import bind
+from camshaft.build import SINGLE, build
+from camshaft.data import prepare
+from camshaft.data.loader import Loader
+from camshaft.distributed import Control, check_agreement, connect, disconnect, pick_device
+from camshaft.errors import CamshaftError, Interrupted, NonFiniteLoss, OutOfMemory, RecipeError
+from camshaft.host import Host, distribution, installed
+from camshaft.mesh import Mesh
+from camshaft.meter import Meter
+from camshaft.recipe import batch_plan, check
+from camshaft.state import Component, State, World
+from camshaft.step import Stepper
+
+if TYPE_CHECKING:
+    from camshaft.cli.launch.heartbeat import Heartbeat
+    from camshaft.cli.launch.watch import StopSignal
+    from camshaft.data import Prepared
+    from camshaft.distributed import Environment
+    from camshaft.recipe import Checked, Resolved
+    from camshaft.recipe.schema import Recipe
+    from camshaft.rundir import RunDirectory
+
+Closing = Callable[[State, "Prepared"], None]
+
+
+def run(
+    resolved: Resolved,
+    environment: Environment,
+    directory: RunDirectory,
+    heartbeat: Heartbeat,
+    stop: StopSignal,
+    closing: Closing | None = None,
+) -> int:
+    """Train one rank to the end of the recipe and return 0.
+
+    ``closing`` is called on rank 0 after the last step, while the model still exists.
+
+    Raises:
+        Interrupted: asked to stop, and stopped after a checkpoint.
+        NonFiniteLoss: loss or gradient norm is NaN or infinite.
+        OutOfMemory: device or host memory ran out.
+    """
+    with out_of_memory(), session(resolved, environment, directory) as trainer:
+        trainer.train(heartbeat, stop)
+        if closing is not None and trainer.state.world.is_main:
+            closing(trainer.state, trainer.data)
+    return 0
+
+
+@contextlib.contextmanager
+def session(resolved: Resolved, environment: Environment, directory: RunDirectory) -> Iterator[Trainer]:
+    """Everything that a run needs, built and loaded; closed again whatever happens inside."""
+    device = pick_device(resolved.recipe.launch, environment)
+    checked = check(resolved, environment.world_size, device=device.type)
+    if checked.problems:
+        raise RecipeError(checked.problems)
+    connect(environment, device.type, resolved.recipe.launch.group_timeout_s)
+    trainer: Trainer | None = None
+    status = "failed"
+    try:
+        check_agreement(environment, fingerprint(resolved))
+        data = prepare(resolved)
+        trainer = Trainer(resolved, environment, directory, device, data, checked)
+        trainer.open()
+        yield trainer
+        status = "finished"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    finally:
+        if trainer is not None:
+            trainer.close(status)
+        disconnect(failed=status == "failed")
+
+
+def fingerprint(resolved: Resolved) -> str:
+    """Digest of what must be equal on all ranks: the resolved recipe, the versions of torch, core and plugins."""
+    points = installed()
+    versions = [distribution(points[name]) for name in resolved.recipe.plugins if name in points]
+    return hashlib.sha256("\n".join([resolved.dump(), str(torch.__version__), *versions]).encode()).hexdigest()
+
+
+class Trainer:
+    """A built run on one rank."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        environment: Environment,
+        directory: RunDirectory,
+        device: torch.device,
+        data: Prepared,
+        checked: Checked,
+    ) -> None:
+        recipe = resolved.recipe
+        if device.type == "cpu" or recipe.training.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        mesh = Mesh.connect(checked.mesh, environment.rank, device.type)
+        batch = batch_plan(recipe, checked.mesh)
+        self.data, self.directory = data, directory
+        self.samples = sample_limit(recipe, len(data.train))
+        world = World(
+            recipe=recipe,
+            mesh=mesh,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            device=device,
+            policy=SINGLE,
+            batch=batch,
+            run=directory,
+            total_steps=total_steps(recipe, self.samples, batch.global_batch_size),
+        )
+        part = checked.mesh.batch_index(environment.rank)
+        loader = Loader(
+            data.train,
+            batch,
+            index=part,
+            degree=checked.mesh.batch_degree,
+            seed=recipe.seed,
+            stop=self.samples,
+            device=device,
+        )
+        self.host = Host.of(recipe.plugins)
+        self.control = Control(environment, recipe.launch.group_timeout_s)
+        self.state, self.program = build(self.host, world, checked.model, checked.plans, loader, self.control)
+        self.state.components = components(self.host, self.state)
+        self.stepper = Stepper(self.host, self.state, self.program)
+        self.meter = Meter(self.state)
+        self._log = bind.event(self.host, "log")
+        self._save = bind.slot(self.host, "save")
+
+    def open(self) -> None:
+        """Let plugins take their references, continue an earlier run if there is one, open trackers."""
+        state = self.state
+        self.host.call("bind", state)
+        load = bind.slot(self.host, "load")
+        self.resumed = bool(load is not None and load(state))
+        state.loader.seek(state.consumed_samples)
+        self.meter.start()
+        self.host.call("pre_run", state)
+
+    def train(self, heartbeat: Heartbeat, stop: StopSignal) -> None:
+        """Step until the recipe's end.
+
+        Raises:
+            Interrupted: after the checkpoint that a stop asks for.
+        """
+        state, training = self.state, self.state.world.recipe.training
+        total, stopped = state.world.total_steps, False
+        if state.step == 0 and training.eval_every is not None:
+            self.evaluate()
+        while total is None or state.step < total:
+            heartbeat.beat(state.step, "data")
+            state.window = state.loader.next()
+            if state.window is None:
+                break
+            heartbeat.beat(state.step, "step")
+            self.stepper.run(stop.requested > 0)
+            self.meter.count(state.window.tokens)
+            stopped = self.stepper.stop_votes > 0
+            last = stopped or state.step == total
+            if state.step % training.log_every == 0 or last:
+                heartbeat.beat(state.step, "log")
+                self.log()
+            if stopped:
+                break
+            if training.eval_every is not None and (state.step % training.eval_every == 0 or last):
+                heartbeat.beat(state.step, "evaluate")
+                self.evaluate()
+        heartbeat.beat(state.step, "save")
+        if self._save is not None:
+            self._save(state)
+        if stopped:
+            kept = "a checkpoint was written" if self._save is not None else "no checkpoint plugin is enabled"
+            raise Interrupted(f"asked to stop after step {state.step}; {kept}")
+
+    def log(self) -> None:
+        """Make the record of the step just done, refuse non-finite values, give it to the trackers."""
+        record = self.meter.record()
+        for name in ("train/loss", "train/grad_norm"):
+            if not math.isfinite(record.get(name, 0.0)):
+                self._emit(record)
+                raise NonFiniteLoss(
+                    f"{name} is {record[name]} at step {self.state.step} (checked every "
+                    f"{self.state.world.recipe.training.log_every} steps). Lower the learning rate, lengthen the "
+                    "warm-up, or look at the data of this step; the last checkpoint is from before it"
+                )
+        self._emit(record)
+
+    def evaluate(self) -> None:
+        """Loss, perplexity and bits per byte over the first ``eval_samples`` of the validation set."""
+        record = self.meter.evaluate(self.stepper.forward_call, self.data)
+        if record is not None:
+            self._emit(record)
+
+    def _emit(self, record: dict[str, float | int]) -> None:
+        self.state.last_record = record
+        if self._log is not None:
+            self._log(self.state, record)
+
+    def close(self, status: str) -> None:
+        """Call every ``close`` in reverse order; one that raises does not keep the others from closing."""
+        faults = []
+        for _, function in reversed(self.host.implementations("close")):
+            try:
+                function(self.state, status)
+            except Exception as error:  # all of them must close; the first fault is raised below
+                faults.append(error)
+        self.state.loader.close()
+        self.control.close()
+        if faults and status != "failed":
+            raise faults[0]
+
+
+def components(host: Host, state: State) -> list[Component]:
+    """(plugin, state_dict, load_state_dict) of each plugin with state of its own."""
+    loaders = dict(host.implementations("load_state_dict"))
+    return [
+        (name, lambda function=function: function(state), lambda entries, name=name: loaders[name](state, entries))
+        for name, function in host.implementations("state_dict")
+        if name in loaders
+    ]
+
+
+def sample_limit(recipe: Recipe, samples_per_epoch: int) -> int | None:
+    """After how many samples the data ends; None if only ``max_steps`` ends the run."""
+    training = recipe.training
+    if training.max_epochs is not None:
+        return training.max_epochs * samples_per_epoch
+    if training.max_tokens is not None:
+        return math.ceil(training.max_tokens / recipe.data.sequence_length)
+    return None
+
+
+def total_steps(recipe: Recipe, samples: int | None, global_batch_size: int) -> int:
+    """Optimizer steps of the whole run; the last window may be short."""
+    if recipe.training.max_steps is not None:
+        return recipe.training.max_steps
+    assert samples is not None
+    return math.ceil(samples / global_batch_size)
+
+
+@contextlib.contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Tell running out of memory apart from other errors, and say what to change."""
+    try:
+        yield
+    except CamshaftError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+            raise
+        raise OutOfMemory(
+            f"out of memory: {text.splitlines()[0] if text else type(error).__name__}. "
+            "Lower batch.micro_batch_size (the global batch stays the same), or data.sequence_length"
+        ) from error
