@@ -1,0 +1,36 @@
+# Everything here works on a fresh machine that has Python 3.11 or newer: `.venv` is built first, once.
+#   make quickstart          train a small Llama on two processes (QUICKSTART_ARGS="training.max_steps=20")
+#   make test                every gate: lint, types, contracts, tests (TESTS=tests/recipe for one folder)
+
+PYTHON ?=
+FIND_PYTHON = $(or $(PYTHON),$(firstword $(shell command -v python3 python3.11 python3.12 python3.13)),python3)
+BIN := .venv/bin
+QUICKSTART_ARGS ?=
+TESTS ?=
+
+.PHONY: venv quickstart test lint types docs bench
+.NOTPARALLEL:
+
+venv:
+	@$(FIND_PYTHON) tools/make_venv.py $(if $(PYTHON),--python $(PYTHON))
+
+quickstart: venv
+	@$(BIN)/camshaft train recipes/quickstart.yaml $(QUICKSTART_ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/changelog.py check
+	$(BIN)/lint-imports
+
+types: venv
+	$(BIN)/mypy engine/camshaft plugins/*/ tools
+
+docs: venv
+	$(BIN)/python tools/docs.py
+
+bench: venv
+	$(BIN)/python -m tools.bench
