@@ -1,2 +1,57 @@
-"""Not written yet."""
-from camshaft import Plugin
+"""AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101), torch's fused form where there is one.
+
+Weight decay applies to matrices and embeddings; norms and biases get none, by the role of a parameter, not by the
+number of dimensions of whatever shard of it is at hand. Memory: two values a parameter, in the parameter's dtype.
+Claims nothing: any layout of parameters that keeps them element by element works.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+import camshaft
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from camshaft.state import World
+
+
+class Options(camshaft.Options):
+    """Hyperparameters of AdamW."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate; `lr_schedule` multiplies it."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled decay of matrices and embeddings; norms and biases get none."""
+    decay_embeddings: bool = True
+    """Whether embeddings decay too."""
+
+
+class Plugin(camshaft.Plugin):
+    """AdamW, fused where torch has it; no weight decay on norms and biases."""
+
+    Options = Options
+
+    @camshaft.hookimpl
+    def plan(self) -> camshaft.Plan:
+        """AdamW works element by element, so shards of any shape are fine."""
+        return camshaft.Plan(provides=("elementwise_optimizer",))
+
+    @camshaft.hookimpl
+    def optimizer(self, world: World, model: Module) -> Optimizer:
+        """Two groups of the parameters that train: with decay and without."""
+        import torch
+
+        from camshaft.models.groups import decay_groups
+
+        options = self.options
+        groups = decay_groups(model, world.roles, options.weight_decay, decay_embeddings=options.decay_embeddings)
+        beta1, beta2 = options.betas
+        return torch.optim.AdamW(groups, lr=options.lr, betas=(beta1, beta2), eps=options.eps, fused=True)

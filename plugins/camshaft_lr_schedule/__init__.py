@@ -1,2 +1,79 @@
-"""Not written yet."""
-from camshaft import Plugin
+"""Learning-rate schedules as pure functions of the step, so that a resumed run needs no state.
+
+cosine (Loshchilov & Hutter, arXiv:1608.03983), linear, exponential, WSD (warm-up, stable, decay: MiniCPM,
+arXiv:2404.06395) and constant, each after a linear warm-up. Claims nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+import camshaft
+
+if TYPE_CHECKING:
+    from camshaft.state import State
+
+
+class Options(camshaft.Options):
+    """Shape of the learning rate over the run."""
+
+    type: Literal["cosine", "linear", "exponential", "wsd", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up; step n of them runs at n / warmup_steps of the peak, the first at 1 / warmup_steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where the decay ends, as a part of the peak; above 0 for `exponential`."""
+    decay_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps from the end of the warm-up to the end of the decay; default: up to the last step. Not for `wsd`."""
+    wsd_decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Part of all steps that the decay of `wsd` takes, at the end."""
+
+
+class Plugin(camshaft.Plugin):
+    """Learning rate over the run: cosine, linear, exponential, WSD or constant, with warm-up."""
+
+    Options = Options
+
+    @camshaft.hookimpl
+    def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
+        """Refuse a warm-up longer than the run, and options that their type does not read."""
+        options, key = self.options, f"plugins.{self.name}"
+        steps = context.recipe.training.max_steps
+        problems = []
+        if steps is not None and options.warmup_steps >= steps:
+            problems.append(
+                camshaft.Problem(
+                    f"a warm-up of {options.warmup_steps} steps does not end within the run's {steps} steps",
+                    key=f"{key}.warmup_steps",
+                    fix=f"set it below training.max_steps, for example {max(steps // 10, 1)}",
+                )
+            )
+        if options.type == "exponential" and options.min_lr_ratio == 0:
+            problems.append(
+                camshaft.Problem(
+                    "an exponential decay never reaches 0", key=f"{key}.min_lr_ratio", fix="set it above 0, e.g. 0.01"
+                )
+            )
+        unread = {"wsd_decay_ratio"} if options.type != "wsd" else {"decay_steps"}
+        if options.type == "constant":
+            unread = {"wsd_decay_ratio", "decay_steps", "min_lr_ratio"}
+        problems += [
+            camshaft.Problem(
+                f"type '{options.type}' does not read '{name}'", key=f"{key}.{name}", fix="remove it, or change the type"
+            )
+            for name in sorted(unread & options.model_fields_set)
+        ]
+        return camshaft.Plan(problems=tuple(problems))
+
+    @camshaft.hookimpl
+    def bind(self, state: State) -> None:
+        """Take the length of the run."""
+        self.total = state.world.total_steps
+
+    @camshaft.hookimpl
+    def lr(self, step: int) -> float:
+        """Factor for step ``step``; pure."""
+        from camshaft_lr_schedule.shapes import factor
+
+        return factor(self.options, step, self.total)

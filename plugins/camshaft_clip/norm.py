@@ -1,0 +1,69 @@
+"""The global norm over plain and laid-out gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+
+def clip_(parameters: Sequence[Parameter], max_norm: float | None) -> Tensor:
+    """Clip in place; return the norm before clipping, a scalar in fp32 or wider on the gradients' device.
+
+    Parameters without a gradient are left out. A NaN or infinite norm makes every gradient NaN or zero, and is
+    returned as it is: the core refuses it at the next log interval.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = global_norm(gradients)
+    if max_norm is not None and gradients:
+        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
+    return norm
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all gradients, each counted once.
+
+    Gradients that are DTensors contribute their local shard; the squares are then summed over the mesh axes that they
+    are sharded on, one reduction for each distinct layout. Replicated and plain ones are counted locally.
+    """
+    if not gradients:
+        return torch.zeros(())
+    layouts: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        layouts.setdefault(_layout(gradient), []).append(gradient)
+    if len(layouts) == 1 and not isinstance(gradients[0], DTensor):
+        return _local_norm(gradients)
+    squares = [_reduced_square(members) for members in layouts.values()]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _reduced_square(members: Sequence[Tensor]) -> Tensor:
+    square = _local_norm([_local(member) for member in members]).square()
+    first = members[0]
+    if isinstance(first, DTensor):
+        for axis, placement in enumerate(first.placements):
+            if placement.is_partial():
+                raise ValueError("a gradient is still partial: it was not reduced before the norm was taken")
+            if placement.is_shard():
+                torch.distributed.all_reduce(square, group=first.device_mesh.get_group(axis))
+    return square
+
+
+def _local_norm(tensors: Sequence[Tensor]) -> Tensor:
+    wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    norms = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _layout(gradient: Tensor) -> object:
+    if isinstance(gradient, DTensor):
+        return (gradient.device_mesh, gradient.placements, gradient.dtype)
+    return gradient.dtype
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

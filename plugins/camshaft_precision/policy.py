@@ -1,0 +1,50 @@
+"""From an option and a device to dtypes."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from camshaft.state import Policy, World
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camshaft.data.loader import Batch
+    from camshaft.hookspecs import Forward
+
+
+def policy(compute: str, device: torch.device) -> Policy:
+    """Dtypes for ``compute`` (``auto``, ``fp64``, ``fp32``, ``bf16``) on ``device``."""
+    if compute == "auto":
+        compute = "bf16" if fast_bf16(device) else "fp32"
+    wide = torch.float64 if compute == "fp64" else torch.float32
+    return Policy(param=wide, compute=torch.bfloat16 if compute == "bf16" else wide, reduce=wide, master=wide)
+
+
+@cache
+def fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32: tensor cores (8.0 and up), or AMX on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def autocast(world: World, call: Forward) -> Forward:
+    """Wrap a forward in autocast, or return it as it is when there is nothing to cast."""
+    chosen = world.policy
+    if chosen.compute == chosen.param:
+        return call
+    kind, dtype = world.device.type, chosen.compute
+
+    def forward(batch: Batch) -> Tensor:
+        with torch.autocast(kind, dtype=dtype):
+            return call(batch)
+
+    return forward
