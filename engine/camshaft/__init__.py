@@ -19,6 +19,6 @@ __all__ = [
     "Plugin",
     "Problem",
     "RecipeError",
-    "hookimpl",
     "__version__",
+    "hookimpl",
 ]

@@ -101,7 +101,10 @@ def layouts(model: Module) -> dict[str, Layout]:
     """Layout of each parameter as seen from outside; DTensors tell their placements."""
     return {
         name: Layout(
-            tuple(parameter.shape), str(getattr(parameter, "placements", "")), parameter.dtype, parameter.requires_grad
+            tuple(parameter.shape),
+            str(getattr(parameter, "placements", "")),
+            parameter.dtype,
+            parameter.requires_grad,
         )
         for name, parameter in model.named_parameters()
     }
@@ -120,7 +123,9 @@ def _check_layouts(
     """A phase may not rename parameters, nor lay out anew what its plugin did not claim."""
     if before.keys() != after.keys():
         gone, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
-        raise PluginError(name, phase, f"parameter names changed: {gone[:3]} became {new[:3]}; only `split` may do that")
+        raise PluginError(
+            name, phase, f"parameter names changed: {gone[:3]} became {new[:3]}; only `split` may do that"
+        )
     targets = [claim.target for claim in plan.claims if claim.resource == "parameter.layout"]
     for parameter, layout in after.items():
         if layout != before[parameter] and not any(fnmatchcase(parameter, target) for target in targets):

@@ -70,7 +70,9 @@ def plugin_class(name: str) -> type[Plugin]:
         raise PluginError(name, "import", f"{points[name].value} is not a subclass of camshaft.Plugin")
     if loaded.hook_api != HOOK_API:
         raise PluginError(
-            name, "import", f"written for hook API {loaded.hook_api}, and this Camshaft has {HOOK_API}: upgrade it"
+            name,
+            "import",
+            f"written for hook API {loaded.hook_api}, and this Camshaft has {HOOK_API}: upgrade it",
         )
     return loaded
 
@@ -196,9 +198,7 @@ def _spec_parameters() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _accept_all(
-    function: Callable[..., Any], wanted: tuple[str, ...], offered: tuple[str, ...]
-) -> Callable[..., Any]:
+def _accept_all(function: Callable[..., Any], wanted: tuple[str, ...], offered: tuple[str, ...]) -> Callable[..., Any]:
     """Pluggy lets an implementation name fewer parameters than its spec; bound calls are positional."""
     if wanted == offered:
         return function

@@ -229,7 +229,11 @@ def components(host: Host, state: State) -> list[Component]:
     """(plugin, state_dict, load_state_dict) of each plugin with state of its own."""
     loaders = dict(host.implementations("load_state_dict"))
     return [
-        (name, lambda function=function: function(state), lambda entries, name=name: loaders[name](state, entries))
+        (
+            name,
+            lambda function=function: function(state),
+            lambda entries, name=name: loaders[name](state, entries),
+        )
         for name, function in host.implementations("state_dict")
         if name in loaders
     ]

@@ -55,7 +55,9 @@ def check(program: Iterable[Action], microbatches: int, owner: str) -> tuple[Act
         found = sorted(action.microbatch for action in actions if action.kind is kind)
         if found != list(range(microbatches)):
             raise PluginError(
-                owner, "schedule", f"{kind.name} must run once for each of {microbatches} microbatches, got {found}"
+                owner,
+                "schedule",
+                f"{kind.name} must run once for each of {microbatches} microbatches, got {found}",
             )
     for index in range(microbatches):
         if actions.index(Action(Kind.F, index)) > actions.index(Action(Kind.B, index)):

@@ -1,2 +1,108 @@
-"""Not written yet."""
-from camshaft import Plugin
+"""Data parallel by bucketed all-reduce, overlapped with backward (Li et al., arXiv:2006.15704).
+
+Parameters, gradients and optimizer state are replicated on ``dp``. Gradients are views into flat buckets that are filled
+in the order in which backward produces them; each bucket is summed over ``dp`` asynchronously while backward goes on,
+once a window, whatever the accumulation. The engine has divided the loss by the global weight before backward, so
+the sum is final: nothing is averaged here.
+
+Invariant: after ``reduce`` every rank holds bit-equal gradients; a parameter that no rank used has none, as in one
+process. Memory: the gradients themselves (one copy), plus one element a parameter. Traffic a rank and step, for N ranks
+and P gradient elements: 2 (N-1)/N P elements. Claims the layout and the reduction of gradients on ``dp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+import camshaft
+
+if TYPE_CHECKING:
+    from camshaft.state import State
+    from camshaft_ddp.reducer import Reducer
+
+
+class Options(camshaft.Options):
+    """How gradients travel."""
+
+    bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
+    """Size of a bucket in MiB: smaller ones start earlier, larger ones have less overhead."""
+    overlap: bool = True
+    """Reduce while backward goes on; off, all buckets are reduced after it. The numbers are bit-equal."""
+
+
+class Plugin(camshaft.Plugin):
+    """Data parallel: bucketed all-reduce of gradients, overlapped with backward."""
+
+    Options = Options
+    _reducer: Reducer | None = None
+    _order: list[str] | None = None
+
+    @camshaft.hookimpl
+    def plan(self) -> camshaft.Plan:
+        """Own gradients and their sum on ``dp``."""
+        return camshaft.Plan(
+            claims=(camshaft.Claim("gradient.layout", "dp"), camshaft.Claim("gradient.reduce", "dp")),
+            provides=("reduced_gradients@dp",),
+        )
+
+    @camshaft.hookimpl
+    def bind(self, state: State) -> None:
+        """Put buckets under the gradients. With one data rank there is nothing to exchange, and nothing is done."""
+        mesh = state.world.mesh
+        if mesh.degree("dp") == 1:
+            return
+        from camshaft_ddp.reducer import Reducer
+
+        group = mesh.group("dp")
+        assert group is not None
+        self._reducer = Reducer(
+            state,
+            group,
+            bucket_bytes=int(self.options.bucket_size_mb * 2**20),
+            overlap=self.options.overlap,
+            reduce_dtype=state.world.policy.reduce,
+        )
+
+    @camshaft.hookimpl
+    def post_backward(self) -> None:
+        """Take the gradients of buckets that this backward filled only in part."""
+        if self._reducer is not None:
+            self._reducer.end_backward()
+
+    @camshaft.hookimpl
+    def reduce(self) -> None:
+        """Wait until every bucket is summed."""
+        if self._reducer is not None:
+            self._reducer.finish()
+
+    @camshaft.hookimpl
+    def release(self, state: State) -> None:
+        """Drop the gradients; after the first window, order the buckets as backward filled them."""
+        if self._reducer is None:
+            state.optimizer.zero_grad()
+        else:
+            self._reducer.release()
+
+    @camshaft.hookimpl
+    def state_dict(self) -> Mapping[str, Any]:
+        """The order of parameters in the buckets: sums of more than two ranks depend on it in the last bit."""
+        if self._reducer is not None:
+            return {"order": self._reducer.order}
+        return {"order": self._order}
+
+    @camshaft.hookimpl
+    def load_state_dict(self, entries: Mapping[str, Any]) -> None:
+        """Lay the buckets out as the saved run had them."""
+        self._order = entries["order"]
+        if self._reducer is not None and self._order is not None:
+            self._reducer.adopt_order(self._order)
+
+    @camshaft.hookimpl
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
+        if self._reducer is not None:
+            self._reducer.close()
+            self._reducer = None

@@ -52,7 +52,9 @@ class Plugin(camshaft.Plugin):
         if options.type == "exponential" and options.min_lr_ratio == 0:
             problems.append(
                 camshaft.Problem(
-                    "an exponential decay never reaches 0", key=f"{key}.min_lr_ratio", fix="set it above 0, e.g. 0.01"
+                    "an exponential decay never reaches 0",
+                    key=f"{key}.min_lr_ratio",
+                    fix="set it above 0, e.g. 0.01",
                 )
             )
         unread = {"wsd_decay_ratio"} if options.type != "wsd" else {"decay_steps"}
@@ -60,7 +62,9 @@ class Plugin(camshaft.Plugin):
             unread = {"wsd_decay_ratio", "decay_steps", "min_lr_ratio"}
         problems += [
             camshaft.Problem(
-                f"type '{options.type}' does not read '{name}'", key=f"{key}.{name}", fix="remove it, or change the type"
+                f"type '{options.type}' does not read '{name}'",
+                key=f"{key}.{name}",
+                fix="remove it, or change the type",
             )
             for name in sorted(unread & options.model_fields_set)
         ]

@@ -59,6 +59,4 @@ class Plugin(camshaft.Plugin):
 
         options = self.options
         groups = decay_groups(model, world.roles, options.weight_decay)
-        return torch.optim.SGD(
-            groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True
-        )
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True)

@@ -1,0 +1,1 @@
+"""Tools for tests of plugins: forked ranks, and a recipe run beside one plain process."""

@@ -1,0 +1,126 @@
+"""The reducer: hooks on parameters fill buckets, and full buckets start their sum while backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from camshaft.state import State
+from camshaft_ddp.bucket import Bucket, fill
+
+
+class Reducer:
+    """Sums the gradients of all parameters that train over ``group``, once a window.
+
+    Collectives run in the order of the buckets on every rank, also where ranks use different parameters: a bucket waits
+    for those before it, and what backward never completes is started by ``finish``.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        group: ProcessGroup,
+        *,
+        bucket_bytes: int,
+        overlap: bool,
+        reduce_dtype: torch.dtype,
+    ) -> None:
+        self._state, self._group = state, group
+        self._bucket_bytes, self._overlap, self._dtype = bucket_bytes, overlap, reduce_dtype
+        self._named = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+        self._names = {parameter: name for name, parameter in self._named.items()}
+        self._seen: list[Parameter] | None = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        # Backward runs roughly against the order of registration; the first window tells exactly.
+        self._lay_out(list(reversed(self._named.values())))
+
+    @property
+    def order(self) -> list[str] | None:
+        """Names in bucket order, once it is settled."""
+        if self._seen is not None:
+            return None
+        return [self._names[parameter] for bucket in self.buckets for parameter in bucket.parameters]
+
+    def adopt_order(self, names: Sequence[str]) -> None:
+        """Lay the buckets out in a saved order; parameters that it does not name come last."""
+        known = [self._named[name] for name in names if name in self._named]
+        chosen = set(known)
+        self._lay_out(known + [parameter for parameter in self._named.values() if parameter not in chosen])
+        self._seen = None
+
+    def _lay_out(self, parameters: Sequence[Parameter]) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.buckets = fill(parameters, self._bucket_bytes)
+        self._next = 0
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(bucket))
+            for bucket in self.buckets
+            for parameter in bucket.parameters
+        ]
+
+    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
+        size = len(bucket.parameters)
+
+        def ready(parameter: Tensor) -> None:
+            if self._seen is not None and self._state.final_backward:
+                self._seen.append(parameter)  # type: ignore[arg-type]  # torch hands over the Parameter itself
+            bucket.ready += 1
+            if bucket.ready == size:
+                bucket.adopt()
+                if self._state.final_backward:
+                    bucket.complete = True
+                    if self._overlap:
+                        self._launch_complete()
+
+        return ready
+
+    def _launch_complete(self) -> None:
+        while self._next < len(self.buckets) and self.buckets[self._next].complete:
+            self.buckets[self._next].launch(self._group, self._dtype)
+            self._next += 1
+
+    def end_backward(self) -> None:
+        """After each backward: adopt what buckets got that did not fill up, and count anew."""
+        for bucket in self.buckets:
+            if 0 < bucket.ready < len(bucket.parameters):
+                bucket.adopt()
+            bucket.ready = 0
+
+    def finish(self) -> None:
+        """Start what backward did not, and wait for every sum."""
+        for bucket in self.buckets[self._next :]:
+            bucket.launch(self._group, self._dtype)
+        for bucket in self.buckets:
+            bucket.finish()
+
+    def release(self) -> None:
+        """Drop all gradients; after the first window settle the order of the buckets."""
+        self._next = 0
+        for bucket in self.buckets:
+            bucket.reset()
+        if self._seen is not None:
+            self._settle(self._seen)
+
+    def _settle(self, seen: Sequence[Parameter]) -> None:
+        """Every rank takes the first rank's order, since ranks may have used different parameters."""
+        names = list(self._named)
+        observed = dict.fromkeys(self._names[parameter] for parameter in seen)
+        order = [*observed, *(name for name in names if name not in observed)]
+        device = next(iter(self._named.values())).device
+        indexes = torch.tensor([names.index(name) for name in order], dtype=torch.int64, device=device)
+        dist.broadcast(indexes, group=self._group, group_src=0)
+        self.adopt_order([names[index] for index in indexes.tolist()])
+
+    def close(self) -> None:
+        """Remove every hook and let go of the buckets."""
+        for handle in self._handles:
+            handle.remove()
+        for bucket in self.buckets:
+            bucket.reset()
+        self._handles, self.buckets = [], []
