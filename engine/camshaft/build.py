@@ -90,7 +90,8 @@ def _model(host: Host, world: World, config: ModelConfig) -> Module:
 
 def roles(model: Module) -> dict[str, str]:
     """Role of each parameter: what the model says, else by its number of dimensions."""
-    declared: dict[str, str] = model.roles() if hasattr(model, "roles") else {}
+    tell = getattr(model, "roles", None)
+    declared: dict[str, str] = tell() if callable(tell) else {}
     return {
         name: declared.get(name, "matrix" if parameter.ndim >= 2 else "bias" if name.endswith("bias") else "norm")
         for name, parameter in model.named_parameters()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of the mesh. ``key`` is its name in the recipe, ``splits_batch`` says that its ranks see other tokens."""
+    """One axis of the mesh. ``key`` is its name in the recipe; with ``splits_batch`` its ranks see other samples."""
 
     name: str
     key: str

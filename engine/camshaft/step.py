@@ -80,7 +80,7 @@ class Stepper:
     def _innermost_step(self, host: Host) -> Callable[[], None]:
         owner, state = bind.slot(host, "step"), self.state
         if owner is None:
-            return state.optimizer.step  # type: ignore[return-value]  # its result is only a closure's loss
+            return state.optimizer.step
         return lambda: owner(state)
 
     def _do_forward(self, microbatch: int) -> None:
@@ -99,7 +99,7 @@ class Stepper:
         state.final_backward = microbatch == self._last
         if self._scale is None:
             self._scale = self._agree(loss)
-        loss.backward(self._scale)
+        torch.autograd.backward(loss, self._scale)
         self._losses[microbatch] = None
         detached = loss.detach()
         state.loss = detached if state.loss is None else state.loss + detached
@@ -145,6 +145,6 @@ def seed_step(state: State) -> None:
     index = world.mesh.shape.batch_index(world.rank)
     key = f"{world.recipe.seed}/{state.step}/{index}".encode()
     seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     if world.device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Data parallel by bucketed all-reduce, overlapped with backward (Li et al., arXiv:2006.15704).
 
-Parameters, gradients and optimizer state are replicated on ``dp``. Gradients are views into flat buckets that are filled
-in the order in which backward produces them; each bucket is summed over ``dp`` asynchronously while backward goes on,
+Parameters, gradients and optimizer state are replicated on ``dp``. Gradients are views into flat buckets, filled in
+the order in which backward produces them; each bucket is summed over ``dp`` asynchronously while backward goes on,
 once a window, whatever the accumulation. The engine has divided the loss by the global weight before backward, so
 the sum is final: nothing is averaged here.
 

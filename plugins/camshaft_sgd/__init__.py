@@ -39,7 +39,7 @@ class Plugin(camshaft.Plugin):
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:
         """SGD works element by element; Nesterov without momentum would do nothing."""
-        problems = ()
+        problems: tuple[camshaft.Problem, ...] = ()
         if self.options.nesterov and not self.options.momentum:
             problems = (
                 camshaft.Problem(

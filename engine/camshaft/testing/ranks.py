@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     faults: list[str] = []
     waiting = dict(enumerate(pipes))
     while waiting:
-        ready = multiprocessing.connection.wait(list(waiting.values()), max(deadline - time.monotonic(), 0))
+        ready = wait(list(waiting.values()), max(deadline - time.monotonic(), 0))
         if not ready:
             faults.append(f"ranks {sorted(waiting)} did not end in time")
             break

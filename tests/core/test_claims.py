@@ -1,0 +1,63 @@
+"""Claims: what collides, what does not, and what every conflict says."""
+
+import pytest
+
+from camshaft.claims import Claim, Plan, check, overlap
+from camshaft.mesh import MeshShape
+from camshaft.recipe.schema import Parallel
+
+
+def mesh(world_size=1, **degrees):
+    return MeshShape.of(Parallel(**degrees), world_size)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ("*", "anything", True),
+        ("model.layers.*", "model.layers.3.mlp", True),
+        ("model.layers.*", "model.norm", False),
+        ("*.mlp", "*.self_attn", False),
+        ("*.mlp.*", "model.*", True),
+        ("a", "a", True),
+        ("a", "b", False),
+        ("model.layers.1.*", "model.layers.2.*", False),
+        ("model.layers.[0-3].*", "model.layers.2.mlp", True),
+    ],
+)
+def test_overlap(left, right, expected):
+    assert overlap(left, right) is expected
+    assert overlap(right, left) is expected
+
+
+def test_same_resource_and_axis_collide_and_both_plugins_are_named():
+    plans = {
+        "one": Plan(claims=(Claim("gradient.reduce", "dp"),)),
+        "two": Plan(claims=(Claim("gradient.reduce", "dp", "model.*"),)),
+    }
+    (problem,) = check(plans, mesh(2))
+    assert "'one' and 'two' both claim gradient.reduce@dp" in problem.message
+    assert problem.key == "plugins.two" and "plugins.two=null" in problem.fix
+
+
+def test_other_axes_resources_and_targets_do_not_collide():
+    plans = {
+        "storage": Plan(claims=(Claim("parameter.layout", "dp"), Claim("gradient.reduce", "dp"))),
+        "tensor": Plan(claims=(Claim("parameter.layout", "tp"),)),
+        "mlp": Plan(claims=(Claim("module.recompute", target="*.mlp"),)),
+        "attention": Plan(claims=(Claim("module.recompute", target="*.self_attn"),)),
+    }
+    assert check(plans, mesh(4, tensor_parallel=2)) == []
+
+
+def test_an_axis_that_nobody_claims_is_refused():
+    (problem,) = check({"adamw": Plan()}, mesh(4, tensor_parallel=4))
+    assert problem.key == "parallel.tensor_parallel" and "axis 'tp' has degree 4" in problem.message
+
+
+def test_requirements_must_be_provided():
+    plans = {"needs": Plan(requires=("elementwise_optimizer",))}
+    (problem,) = check(plans, mesh())
+    assert "'needs' needs 'elementwise_optimizer'" in problem.message
+    plans["gives"] = Plan(provides=("elementwise_optimizer",))
+    assert check(plans, mesh()) == []
