@@ -26,19 +26,29 @@ class Model(Section):
     vocab_size: PositiveInt | None = None
     """Rows of the embedding. Without it: the preset's, or the tokenizer's where the preset leaves it open."""
     hidden_size: PositiveInt | None = None
+    """Width of the residual stream."""
     intermediate_size: PositiveInt | None = None
+    """Inner width of the feed-forward (SwiGLU) block."""
     num_hidden_layers: PositiveInt | None = None
+    """Decoder layers."""
     num_attention_heads: PositiveInt | None = None
+    """Query heads."""
     num_key_value_heads: PositiveInt | None = None
+    """Key and value heads; divides num_attention_heads (grouped-query attention)."""
     head_dim: PositiveInt | None = None
     """Width of one attention head; without it hidden_size / num_attention_heads."""
     max_position_embeddings: PositiveInt | None = None
+    """Longest sequence that the architecture is meant for."""
     rope_theta: Annotated[float, Field(gt=0)] | None = None
+    """Base of the rotary position frequencies."""
     rope_scaling: dict[str, Any] | None = None
     """Hugging Face's `rope_scaling` block; type `llama3` is known."""
     rms_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Added to the mean square in RMSNorm."""
     initializer_range: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the first values of matrices and embeddings."""
     tie_word_embeddings: bool | None = None
+    """Input and output embeddings are one parameter."""
     attention_bias: bool | None = None
     """Bias on the q, k and v projections (Qwen2)."""
     qk_norm: bool | None = None
@@ -69,6 +79,7 @@ class IndexedData(Section):
     """Tokenised data in Megatron's indexed format."""
 
     blend: Annotated[list[BlendPart], Field(min_length=1)]
+    """Datasets, drawn from in proportion to their weights."""
 
 
 class TextData(Section):
@@ -77,15 +88,18 @@ class TextData(Section):
     files: Annotated[list[str], Field(min_length=1)]
     """Text files (one document each) and `.jsonl` files (one document a line)."""
     json_key: str = "text"
+    """Key of a `.jsonl` object that holds the text."""
 
 
 class Data(Section):
     """What the model reads."""
 
     train: Literal["python-docs", "python-source"] | IndexedData | TextData = "python-docs"
+    """`python-docs`: prose that every CPython carries; `python-source`: its standard library; or data of your own."""
     validation: IndexedData | TextData | None = None
     """A validation set of its own; otherwise `validation_fraction` of the training documents."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Part of the training documents that is held out."""
     sequence_length: PositiveInt = 128
     """Tokens of one sample."""
     pack: bool = True
@@ -113,20 +127,26 @@ class Parallel(Section):
     data_parallel: PositiveInt | Literal["auto"] = "auto"
     """`auto`: what the other degrees leave of the processes."""
     pipeline_parallel: PositiveInt = 1
+    """Parts that the layers are split into."""
     context_parallel: PositiveInt = 1
+    """Parts that a sequence is split into."""
     tensor_parallel: PositiveInt = 1
+    """Parts that each matrix product is split into."""
 
 
 class Training(Section):
     """How long to train, and how often to look."""
 
     max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps."""
     max_epochs: PositiveInt | None = None
     """Stop after so many passes; the last window holds what is left and may be short."""
     max_tokens: PositiveInt | None = None
+    """Stop once so many tokens have been read, over all ranks."""
     log_every: PositiveInt = 10
     """Steps between two log records; device values are copied to the host only then."""
     eval_every: PositiveInt | None = None
+    """Steps between two evaluations; without it there are none."""
     eval_samples: PositiveInt = 64
     """Validation samples an evaluation reads, over all ranks."""
     deterministic: bool = False
@@ -137,6 +157,7 @@ class Launch(Section):
     """How many processes, and who starts them."""
 
     launcher: Literal["deepspeed", "torchrun"] = "deepspeed"
+    """Which of the two starts the ranks when `train` has to start them itself."""
     processes: PositiveInt | Literal["auto"] = "auto"
     """Processes on this machine. `auto`: one a GPU, one without a GPU."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
@@ -160,9 +181,11 @@ class Recipe(Section):
     """The root of a recipe."""
 
     schema_version: Literal[1]
+    """Version of this format."""
     name: str
     """Letters, digits, `.`, `_`, `-`; at most 64; not starting with a dot."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides first values, the order of the data and every random draw."""
     model: Model = Model()
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()
