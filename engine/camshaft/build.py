@@ -15,7 +15,7 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from camshaft import program as programs
+from camshaft.program import Action, window_program
 from camshaft.claims import Plan
 from camshaft.data.loader import Loader
 from camshaft.distributed import Control
@@ -43,7 +43,7 @@ class Layout:
 
 def build(
     host: Host, world: World, config: ModelConfig, plans: Mapping[str, Plan], loader: Loader, control: Control
-) -> tuple[State, tuple[programs.Action, ...]]:
+) -> tuple[State, tuple[Action, ...]]:
     """Run the build phases and return the state and the checked program of one window."""
     precision = host.owner("precision")
     if precision is not None:
@@ -59,10 +59,7 @@ def build(
         raise PluginError("?", "optimizer", "no plugin owns the optimizer; `camshaft validate` says how to add one")
     optimizer: Optimizer = _expect(owner[0], "optimizer", owner[1](world, model), Optimizer)
     state = State(world=world, config=config, model=model, optimizer=optimizer, loader=loader, control=control)
-    scheduler = host.owner("schedule")
-    actions = programs.accumulate(world.batch.accumulation) if scheduler is None else scheduler[1](world)
-    checked = programs.check(actions, world.batch.accumulation, "core" if scheduler is None else scheduler[0])
-    return state, checked
+    return state, window_program(host, world.mesh.shape, world.rank, world.batch.accumulation)
 
 
 def _rewrite(host: Host, world: World, config: ModelConfig) -> ModelConfig:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from camshaft.claims import Plan, PlanContext
     from camshaft.data.loader import Batch
+    from camshaft.mesh import MeshShape
     from camshaft.models.config import ModelConfig
     from camshaft.program import Action, Kind
     from camshaft.state import Policy, State, World
@@ -109,8 +110,8 @@ class BuildHooks:
         raise AssertionError
 
     @hookspec
-    def schedule(self, world: World) -> tuple[Action, ...]:
-        """Slot. The program of one window for this rank.
+    def schedule(self, mesh: MeshShape, rank: int, microbatches: int) -> tuple[Action, ...]:
+        """Slot. The program of one window for ``rank``. Pure, and made without torch, so that ``plan`` can show it.
 
         Without an owner: forward and backward of each microbatch in turn, then REDUCE, CLIP, STEP. Since API 1.
         """

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +16,11 @@ from camshaft.build import SINGLE, build
 from camshaft.data import prepare
 from camshaft.data.loader import Loader
 from camshaft.distributed import Control, check_agreement, connect, disconnect, pick_device
-from camshaft.errors import CamshaftError, Interrupted, NonFiniteLoss, OutOfMemory, RecipeError
+from camshaft.errors import CamshaftError, Interrupted, NonFiniteLoss, OutOfMemory, PluginError, RecipeError
 from camshaft.host import Host, distribution, installed
 from camshaft.mesh import Mesh
 from camshaft.meter import Meter
-from camshaft.recipe import batch_plan, check
+from camshaft.recipe import check
 from camshaft.state import Component, State, World
 from camshaft.step import Stepper
 
@@ -109,7 +110,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         mesh = Mesh.connect(checked.mesh, environment.rank, device.type)
-        batch = batch_plan(recipe, checked.mesh)
+        batch = checked.batch
         self.data, self.directory = data, directory
         self.samples = sample_limit(recipe, len(data.train))
         world = World(
@@ -135,7 +136,7 @@ class Trainer:
         )
         self.host = Host.of(recipe.plugins)
         self.control = Control(environment, recipe.launch.group_timeout_s)
-        self.state, self.program = build(self.host, world, checked.model, checked.plans, loader, self.control)
+        self.state, self.program = build(self.host, world, checked.config, checked.plans, loader, self.control)
         self.state.components = components(self.host, self.state)
         self.stepper = Stepper(self.host, self.state, self.program)
         self.meter = Meter(self.state)
@@ -228,15 +229,12 @@ class Trainer:
 def components(host: Host, state: State) -> list[Component]:
     """(plugin, state_dict, load_state_dict) of each plugin with state of its own."""
     loaders = dict(host.implementations("load_state_dict"))
-    return [
-        (
-            name,
-            lambda function=function: function(state),
-            lambda entries, name=name: loaders[name](state, entries),
-        )
-        for name, function in host.implementations("state_dict")
-        if name in loaders
-    ]
+    found: list[Component] = []
+    for name, function in host.implementations("state_dict"):
+        if name not in loaders:
+            raise PluginError(name, "state_dict", "saves state, but has no load_state_dict to take it back")
+        found.append((name, partial(function, state), partial(loaders[name], state)))
+    return found
 
 
 def sample_limit(recipe: Recipe, samples_per_epoch: int) -> int | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from camshaft.errors import PluginError
+
+if TYPE_CHECKING:
+    from camshaft.host import Host
+    from camshaft.mesh import MeshShape
 
 
 class Kind(Enum):
@@ -63,6 +67,13 @@ def check(program: Iterable[Action], microbatches: int, owner: str) -> tuple[Act
         if actions.index(Action(Kind.F, index)) > actions.index(Action(Kind.B, index)):
             raise PluginError(owner, "schedule", f"B{index} comes before F{index}")
     return actions
+
+
+def window_program(host: Host, mesh: MeshShape, rank: int, microbatches: int) -> tuple[Action, ...]:
+    """The checked program of one window for ``rank``: the schedule owner's, or plain accumulation."""
+    owner = host.owner("schedule")
+    actions = accumulate(microbatches) if owner is None else owner[1](mesh, rank, microbatches)
+    return check(actions, microbatches, "core" if owner is None else owner[0])
 
 
 _CLOSING = (Kind.REDUCE, Kind.CLIP, Kind.STEP)

@@ -1,0 +1,97 @@
+"""``camshaft plan``: what a run would be, phase by phase and rank by rank, without torch or any process group."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, say, table
+from camshaft.hookspecs import BuildHooks
+from camshaft.host import Host
+from camshaft.program import brief, window_program
+from camshaft.recipe import check, load
+
+if TYPE_CHECKING:
+    from camshaft.recipe import Checked, Resolved
+
+PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_"))
+"""Build hooks in the order in which a run calls them."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root app."""
+    app.command("plan")(plan)
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    world_size: WorldSizeOption = None,
+    rank: Annotated[int | None, typer.Option(help="Show only this rank's place and program.")] = None,
+) -> None:
+    """Show phases, owners, claims, batch algebra and each rank's program; nothing is built and nothing connects."""
+    resolved = load(recipe, overrides or (), world_size=world_size)
+    if world_size is None and resolved.recipe.launch.processes != "auto":
+        world_size = resolved.recipe.launch.processes
+    checked = check(resolved, world_size or 1, device="any")
+    checked.require()
+    host = Host.of(resolved.recipe.plugins)
+    shown = show(resolved, checked, host, rank)
+    say(shown)
+    say(f"plan digest  {hashlib.sha256(shown.encode()).hexdigest()[:16]}")
+
+
+def show(resolved: Resolved, checked: Checked, host: Host, rank: int | None) -> str:
+    """The whole plan as text; a pure function of recipe, plugins and world size."""
+    parts = [_sizes(resolved, checked), _phases(host), _claims(checked), _programs(checked, host, rank)]
+    return "\n\n".join(parts)
+
+
+def _sizes(resolved: Resolved, checked: Checked) -> str:
+    batch, mesh, config = checked.batch, checked.mesh, checked.config
+    length = resolved.recipe.data.sequence_length
+    axes = " x ".join(f"{axis.name} {axis.degree}" for axis in mesh.axes)
+    return "\n".join(
+        [
+            f"model        {config.num_parameters():,} parameters, {config.num_hidden_layers} layers",
+            f"mesh         {axes} = {mesh.world_size} rank(s)",
+            f"batch        global {batch.global_batch_size} = micro {batch.micro_batch_size} x accumulation "
+            f"{batch.accumulation} x data ranks {mesh.batch_degree}",
+            f"tokens       {batch.global_batch_size * length:,} a step ({length} a sample)",
+        ]
+    )
+
+
+def _phases(host: Host) -> str:
+    rows = []
+    for phase in PHASES:
+        names = [name for name, _ in host.implementations(phase)]
+        rows.append((phase, ", ".join(names) or "(core)"))
+    return "phases, in order\n" + table(("phase", "plugins, in order"), rows)
+
+
+def _claims(checked: Checked) -> str:
+    rows = [(name, str(claim)) for name, plan in checked.plans.items() for claim in plan.claims]
+    owners = [(slot, names[0]) for slot, names in checked.owners.items() if names]
+    claims = table(("plugin", "claims"), rows) if rows else "(none)"
+    return f"slots\n{table(('slot', 'owner'), owners)}\n\nclaims\n{claims}"
+
+
+def _programs(checked: Checked, host: Host, rank: int | None) -> str:
+    """Ranks with the same program share a line, so that 4,096 ranks stay readable."""
+    mesh = checked.mesh
+    ranks = range(mesh.world_size) if rank is None else [rank]
+    alike: dict[str, list[int]] = {}
+    for index in ranks:
+        text = brief(window_program(host, mesh, index, checked.batch.accumulation))
+        alike.setdefault(text, []).append(index)
+    lines = []
+    for text, members in alike.items():
+        label = str(members[0]) if len(members) == 1 else f"{members[0]}..{members[-1]} ({len(members)})"
+        lines.append((label, text))
+    place = ""
+    if rank is not None:
+        place = "  ".join(f"{axis}={digit}" for axis, digit in mesh.coordinates(rank).items()) + "\n"
+    return f"program of one window\n{place}{table(('rank', 'actions'), lines)}"
