@@ -15,13 +15,13 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from camshaft.program import Action, window_program
 from camshaft.claims import Plan
 from camshaft.data.loader import Loader
 from camshaft.distributed import Control
 from camshaft.errors import PluginError
 from camshaft.host import Host
 from camshaft.models.config import ModelConfig
+from camshaft.program import Action, window_program
 from camshaft.state import Policy, State, World
 
 CHAINS = ("shard_compute", "recompute", "compile_model", "shard_storage")

@@ -57,8 +57,8 @@ def _sizes(resolved: Resolved, checked: Checked) -> str:
         [
             f"model        {config.num_parameters():,} parameters, {config.num_hidden_layers} layers",
             f"mesh         {axes} = {mesh.world_size} rank(s)",
-            f"batch        global {batch.global_batch_size} = micro {batch.micro_batch_size} x accumulation "
-            f"{batch.accumulation} x data ranks {mesh.batch_degree}",
+            (f"batch        global {batch.global_batch_size} = micro {batch.micro_batch_size} x accumulation "
+            f"{batch.accumulation} x data ranks {mesh.batch_degree}"),
             f"tokens       {batch.global_batch_size * length:,} a step ({length} a sample)",
         ]
     )
