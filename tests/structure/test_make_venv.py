@@ -127,9 +127,7 @@ def test_an_unreachable_cpu_index_is_one_clear_error_and_cuda_is_not_installed(m
     assert not [call for call in machine.installs() if "--editable" in call]
 
 
-def test_with_gpu_nothing_is_asked_of_another_index(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_gpu_nothing_is_asked_of_another_index(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.tool, "has_gpu", lambda: True)
     machine.report(CUDA_REPORT)
     machine.make()
@@ -201,9 +199,7 @@ def test_python_311_is_preferred_and_broken_ones_are_passed_over(machine: Machin
     newer = machine.add_python("python3.12")
     machine.add_python("python3.13", location="")  # runs, but is too old or lacks ensurepip
     assert machine.tool.find_python(None) == machine.python
-    Path(machine.python).write_text(
-        "#!/bin/sh\nexit 127\n"
-    )  # a version manager's shim of a version not chosen
+    Path(machine.python).write_text("#!/bin/sh\nexit 127\n")  # a version manager's shim of a version not chosen
     assert machine.tool.find_python(None) == newer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from camshaft.recipe.schema import Recipe
 from tools.docs import types
@@ -39,25 +40,24 @@ def page() -> str:
     lines = [HEAD, *_table(Recipe, "", "Top level")]
     for name, field in Recipe.model_fields.items():
         for block in types.blocks(field.annotation):
-            lines += _section(block, name, level=2)
+            lines += [*_table(block, name, name), *_nested(block, name, 3, set())]
     lines.append(PLUGINS)
     for shipped in plugins():
         lines += ["", f"### plugins.{shipped.name}", "", f"{shipped.summary}."]
         lines += _rows(shipped.plugin.Options, f"plugins.{shipped.name}")
-        lines += _nested(shipped.plugin.Options, f"plugins.{shipped.name}", level=4)
+        lines += _nested(shipped.plugin.Options, f"plugins.{shipped.name}", 4, set())
     return "\n".join(lines) + "\n"
 
 
-def _section(block: type[BaseModel], key: str, level: int) -> list[str]:
-    return [*_table(block, key, key, level), *_nested(block, key, level + 1)]
-
-
-def _nested(block: type[BaseModel], key: str, level: int) -> list[str]:
+def _nested(block: type[BaseModel], key: str, level: int, seen: set[type[BaseModel]]) -> list[str]:
+    """Tables of the blocks inside a block, each class once."""
     lines: list[str] = []
     for name, field in block.model_fields.items():
         for inner in types.blocks(field.annotation):
-            lines += _table(inner, f"{key}.{name}", f"{key}.{name}: {inner.__name__}", level)
-            lines += _nested(inner, f"{key}.{name}", level + 1)
+            if inner not in seen:
+                seen.add(inner)
+                lines += _table(inner, f"{key}.{name}", f"{key}.{name}: {inner.__name__}", level)
+                lines += _nested(inner, f"{key}.{name}", level + 1, seen)
     return lines
 
 
@@ -72,6 +72,12 @@ def _rows(block: type[BaseModel], key: str) -> list[str]:
     lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in block.model_fields.items():
         full = f"{key}.{name}" if key else name
-        meaning = " ".join((field.description or "").split()).replace("|", "\\|").replace("``", "`")
-        lines.append(f"| `{full}` | {types.field_type(field)} | {types.default(field)} | {meaning} |")
+        lines.append(f"| `{full}` | {types.field_type(field)} | {types.default(field)} | {_meaning(field)} |")
     return lines
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The field's docstring; of a block without one the first line of the block's own."""
+    inner = types.blocks(field.annotation)
+    text = field.description or (inspect.getdoc(inner[0]) or "" if inner else "")
+    return " ".join(text.split()).replace("|", "\\|").replace("``", "`")

@@ -49,10 +49,16 @@ def bounds(metadata: Any) -> str:
     for item in metadata:
         if isinstance(item, FieldInfo):
             found.append(bounds(item.metadata).strip())
-        found += [f"{sign} {getattr(item, name)}" for name, sign in BOUNDS if getattr(item, name, None) is not None]
+        found += [f"{sign} {_number(getattr(item, name))}" for name, sign in BOUNDS if hasattr(item, name)]
         if getattr(item, "min_length", None):
-            found.append(f"at least {item.min_length}")
+            found.append(f"(at least {item.min_length})")
     return "".join(f" {text}" for text in [", ".join(text for text in found if text)] if text)
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) and value > 2**31 and value & (value - 1) == 0:
+        return f"2^{value.bit_length() - 1}"
+    return str(value)
 
 
 def default(field: FieldInfo) -> str:
