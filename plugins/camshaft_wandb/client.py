@@ -1,0 +1,159 @@
+"""The trainer's side of W&B: a bounded queue, and a thread that carries it to a worker process.
+
+Only ``Client.log`` and ``Client.close`` run on the training thread. ``log`` copies a record and returns. The thread
+starts a worker; when that fails or takes too long it starts a second one in offline mode. Records wait in the queue
+until a worker is ready, so a run that ends up offline has them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from camshaft_wandb.process import Worker, WorkerLost
+
+QUEUE_RECORDS = 10_000
+_IMPORT_LIMIT_S = 60.0
+"""Starting Python and importing wandb: seconds on a shared file system with a cold cache, and nobody waits."""
+_RESERVE_S = 4.0
+"""Part of the closing time that is kept for recording offline what an unfinished attempt to go online held up."""
+_logger = logging.getLogger("camshaft.wandb")
+
+
+class Client:
+    """Feeds records to W&B until ``close``. Warns at most a few times, never raises.
+
+    ``request`` is what the worker needs to start: ``mode``, ``init`` and ``settings``.
+    """
+
+    def __init__(
+        self, request: dict[str, Any], *, output: Path, start_timeout_s: float, close_timeout_s: float
+    ) -> None:
+        self._request = request
+        self._output = output
+        self._start_timeout_s = start_timeout_s
+        self._close_timeout_s = close_timeout_s
+        self._records: deque[dict[str, float | int]] = deque()
+        self._changed = threading.Condition()
+        self._exit_code: int | None = None
+        self._close_by = float("inf")
+        self._worker: Worker | None = None
+        self._given_up = False
+        self._directory = ""
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="camshaft-wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, record: Mapping[str, float | int]) -> None:
+        """Queue one record; when the queue is full the oldest one goes."""
+        with self._changed:
+            if self._given_up or len(self._records) >= QUEUE_RECORDS:
+                self.dropped += 1
+                if self._given_up:
+                    return
+                self._records.popleft()
+            self._records.append(dict(record))
+            self._changed.notify()
+
+    def close(self, exit_code: int) -> None:
+        """Send what is queued and finish the run, in the closing time at most; what is left then is given up."""
+        with self._changed:
+            self._exit_code = exit_code
+            self._close_by = time.monotonic() + self._close_timeout_s
+            self._changed.notify()
+        self._thread.join(self._close_timeout_s + 0.5)
+        if self._thread.is_alive():
+            with self._changed:
+                self._given_up = True
+                worker = self._worker
+            if worker is not None:
+                worker.kill()
+            self._thread.join(1.0)
+            self._warn_unfinished()
+        lost = self.dropped + len(self._records)
+        if lost:
+            _logger.warning("%d record(s) did not reach W&B", lost)
+
+    def _run(self) -> None:
+        try:
+            for mode in dict.fromkeys((self._request["mode"], "offline")):
+                if self._record(mode):
+                    return
+        except Exception as error:  # nothing of wandb's may end the run
+            _logger.warning("W&B is off: %s: %s", type(error).__name__, error)
+        with self._changed:
+            self._given_up = True
+
+    def _record(self, mode: str) -> bool:
+        """One worker from start to finish. False: it was lost, and another one may do better."""
+        worker = None
+        try:
+            worker = self._start(mode)
+            self._pump(worker)
+        except (OSError, WorkerLost) as error:
+            if self._given_up:
+                return True
+            last = mode == "offline" or (isinstance(error, WorkerLost) and error.final)
+            outcome = "W&B is off" if last else "recording offline instead"
+            _logger.warning("W&B: %s; %s (details: %s)", error, outcome, self._output)
+            self._given_up = last
+            return last
+        finally:
+            if worker is not None:
+                worker.dispose()
+        return True
+
+    def _start(self, mode: str) -> Worker:
+        worker = Worker({**self._request, "mode": mode}, self._output)
+        last = mode == "offline"
+        try:
+            with self._changed:
+                self._worker = worker
+                if self._given_up:
+                    raise WorkerLost("the run is over")
+            self._wait(worker, "imported", _IMPORT_LIMIT_S, last)
+            ready = self._wait(worker, "ready", self._start_timeout_s, last)
+        except BaseException:
+            worker.dispose()
+            raise
+        self._directory = ready["dir"]
+        _logger.info("W&B: %s", ready["url"] or f"offline, upload with: wandb sync {self._directory}")
+        return worker
+
+    def _wait(self, worker: Worker, event: str, limit_s: float, last: bool) -> dict[str, Any]:
+        """A run that closes meanwhile shortens the wait, and leaves room for an offline attempt if one is left."""
+        limit = time.monotonic() + limit_s
+        reserve = 0.0 if last else min(_RESERVE_S, self._close_timeout_s / 2)
+        return worker.expect(event, lambda: min(limit, self._close_by - reserve))
+
+    def _pump(self, worker: Worker) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._records) or self._exit_code is not None)
+                record = self._records.popleft() if self._records else None
+            if record is None:
+                break
+            try:
+                worker.send({"log": record})
+            except WorkerLost:
+                with self._changed:
+                    self._records.appendleft(record)
+                raise
+        worker.send({"finish": self._exit_code})
+        try:
+            done = worker.expect("done", lambda: self._close_by)
+        except WorkerLost:
+            self._warn_unfinished()
+            return
+        if done["failures"]:
+            _logger.warning("W&B refused %d call(s); the first: %s", done["failures"], done["reason"])
+        worker.wait(self._close_by - time.monotonic())
+
+    def _warn_unfinished(self) -> None:
+        where = f": upload the rest with: wandb sync {self._directory}" if self._directory else ""
+        _logger.warning("W&B did not finish in %g s%s", self._close_timeout_s, where)

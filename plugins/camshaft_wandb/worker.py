@@ -1,0 +1,125 @@
+"""The child process that drives wandb: ``python -m camshaft_wandb.worker``, one JSON object a line in and out.
+
+In: the request (``mode``, ``init``, ``settings``, ``parent``), ``{"log": record}`` ..., ``{"finish": exit code}``.
+Out: ``{"event": "imported"}``, then ``ready`` or ``failed``, and at the end ``done``.
+When the input ends without ``finish`` the trainer is dead: the run is finished as failed and this process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, TextIO
+
+_STEP = "progress/global_step"
+_ORPHAN_LIMIT_S = 10.0
+"""How long the last upload may take when nobody is left to end this process."""
+
+
+class Session:
+    """One wandb run, from request to finish."""
+
+    def __init__(self, wandb: Any, request: dict[str, Any]) -> None:
+        self._wandb = wandb
+        self._request = request
+        self._failures = 0
+        self._first_failure = ""
+        self._run: Any = None
+
+    def open(self) -> dict[str, Any]:
+        """Start the run and return the ``ready`` event."""
+        mode = self._request["mode"]
+        if mode == "auto":
+            mode = "online" if self._has_key() else "offline"
+        known = getattr(self._wandb.Settings, "model_fields", None)  # settings differ between versions of wandb
+        settings = {name: value for name, value in self._request["settings"].items() if known is None or name in known}
+        self._run = self._wandb.init(mode=mode, settings=self._wandb.Settings(**settings), **self._request["init"])
+        self._run.define_metric(_STEP)
+        self._run.define_metric("*", step_metric=_STEP)
+        return {"event": "ready", "mode": mode, "url": self._run.url, "dir": os.path.dirname(self._run.dir)}  # noqa: PTH120
+
+    def _has_key(self) -> bool:
+        """wandb's own search: the environment, netrc, an identity token, its settings files."""
+        try:
+            return bool(self._wandb.login())
+        except self._wandb.errors.AuthenticationError:
+            raise  # there is a key, and the server did not take it
+        except self._wandb.errors.UsageError:
+            return False
+
+    def log(self, record: dict[str, float]) -> None:
+        try:
+            self._run.log(record)
+        except Exception as error:
+            self._failures += 1
+            self._first_failure = self._first_failure or f"{type(error).__name__}: {error}"
+
+    def finish(self, exit_code: int) -> dict[str, Any]:
+        """Finish the run and return the ``done`` event."""
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._failures += 1
+            self._first_failure = self._first_failure or f"{type(error).__name__}: {error}"
+        return {"event": "done", "failures": self._failures, "reason": self._first_failure}
+
+
+def serve(lines: Iterator[str], replies: TextIO) -> None:
+    """Work through ``lines``; what goes wrong before the first record is said in one ``failed`` event."""
+
+    def say(event: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):
+            replies.write(json.dumps(event) + "\n")
+            replies.flush()
+
+    request = json.loads(next(lines))
+    threading.Thread(target=_leave_with, args=(request["parent"],), daemon=True).start()
+    imported = False
+    try:
+        import wandb
+
+        imported = True
+        say({"event": "imported"})
+        session = Session(wandb, request)
+        say(session.open())
+    except Exception as error:
+        say({"event": "failed", "reason": f"{type(error).__name__}: {error}", "final": not imported})
+        return
+    for line in lines:
+        message = json.loads(line)
+        if "finish" in message:
+            say(session.finish(message["finish"]))
+            return
+        session.log(message["log"])
+    session.finish(1)
+
+
+def _leave_with(parent: int) -> None:
+    """End this process soon after its parent, also out of a call of wandb that never returns."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(_ORPHAN_LIMIT_S)
+    os._exit(1)
+
+
+def main() -> None:
+    """Keep the channels to ourselves: what wandb prints goes to the log file, and it gets no input to wait for."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, lambda number, frame: None)  # the trainer decides; its death is the end of the input
+    lines = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    serve(iter(lines), replies)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
