@@ -1,0 +1,162 @@
+"""First values of parameters: a function of (seed, name, place in the tensor), and of nothing else.
+
+A parameter is flattened and cut into blocks of 65,536 values. The stream of a block is Philox (Salmon et al. 2011)
+with a 128-bit BLAKE2b hash of (seed, name) as its key and the block's number in its counter, so that any slice is made
+without the rest, on any rank, in any order and for any layout. Values are drawn as fp32 on the CPU and then cast: an
+fp64 and a bf16 model start from the same numbers. NumPy's generator is used because torch's takes only 32 bits of a
+seed (blocks of a large model would repeat), and its normal numbers differ between CPUs with and without AVX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from camshaft.models.roles import Initial, Owned, initial_values, owned_parameters
+
+BLOCK = 65_536
+
+
+class _Stream:
+    """Normal numbers of one parameter; keeps the last block, which the next row of a shard often needs again."""
+
+    def __init__(self, name: str, std: float, seed: int) -> None:
+        digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()
+        self._key = int.from_bytes(digest, "little")
+        self._std = np.float32(std)
+        self._index, self._block = -1, np.empty(0, np.float32)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """(place, values) covering [start, stop) of the flattened parameter, cut at the blocks' borders."""
+        while start < stop:
+            index, first = divmod(start, BLOCK)
+            last = min(BLOCK, first + stop - start)
+            yield start, self._values(index)[first:last]
+            start += last - first
+
+    def _values(self, index: int) -> npt.NDArray[np.float32]:
+        if index != self._index:
+            # Word 2 of the 256-bit counter is the block; a block draws far fewer than the 2**128 numbers below it.
+            bits = np.random.Philox(key=self._key, counter=index << 128)
+            # A whole block always: its values may not depend on where the parameter ends.
+            self._block = np.random.Generator(bits).standard_normal(BLOCK, dtype=np.float32)
+            self._block *= self._std
+            self._index = index
+        return self._block
+
+
+def values(name: str, initial: Initial, *, seed: int, start: int, stop: int) -> Tensor:
+    """Values [start, stop) of the flattened parameter ``name``: fp32, on the CPU."""
+    out = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+    fill(out, name, initial, seed=seed, shape=(stop,), offset=(start,))
+    return out
+
+
+@torch.no_grad()
+def fill(
+    target: Tensor,
+    name: str,
+    initial: Initial,
+    *,
+    seed: int,
+    shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> None:
+    """Write the first values of a parameter, or of one rectangular shard of it, into ``target``.
+
+    Needs one block of memory besides the target.
+
+    Args:
+        target: contiguous, any dtype and device.
+        name: the parameter's first name.
+        initial: the distribution.
+        seed: the run's.
+        shape: of the whole parameter; without it ``target`` is the whole.
+        offset: index in the whole of the target's first element, one number a dimension.
+    """
+    if initial.std == 0.0:
+        target.fill_(initial.constant)
+        return
+    local = tuple(target.shape)
+    whole = local if shape is None else tuple(shape)
+    flat, stream = target.view(-1), _Stream(name, initial.std, seed)
+    for place, begin, length in _runs(local, whole, (0,) * len(whole) if offset is None else tuple(offset)):
+        for at, piece in stream.pieces(begin, begin + length):
+            here = place + at - begin
+            flat[here : here + len(piece)].copy_(torch.from_numpy(piece))
+
+
+def _runs(local: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(place in the shard, place in the whole, length) of each stretch that is contiguous in both."""
+    if not len(local) == len(whole) == len(offset):
+        raise ValueError(f"shard {local} at {offset} does not have the dimensions of {whole}")
+    if any(at < 0 or at + size > total for size, total, at in zip(local, whole, offset, strict=True)):
+        raise ValueError(f"shard {local} at {offset} does not lie in {whole}")
+    if not prod(local):
+        return
+    cut = len(local)  # dimensions from `cut` on are complete
+    while cut and local[cut - 1] == whole[cut - 1]:
+        cut -= 1
+    outer = max(cut - 1, 0)
+    strides = [prod(whole[dim + 1 :]) for dim in range(len(whole))]
+    base = sum(at * stride for at, stride in zip(offset, strides, strict=True))
+    length = prod(local[outer:])
+    for number, index in enumerate(product(*(range(size) for size in local[:outer]))):
+        begin = base + sum(at * stride for at, stride in zip(index, strides[:outer], strict=True))
+        yield number * length, begin, length
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give every parameter and buffer its storage on ``device`` and its first values, in place.
+
+    Parameters stay the same Python objects: ties, ``requires_grad``, attributes and references that plugins hold
+    remain. Modules with buffers compute them in their ``reset_buffers(device)``; buffers that are not on meta are
+    moved.
+
+    Raises:
+        ValueError: a parameter carries hooks from before it had storage, or a meta buffer has nobody to compute it.
+    """
+    device = torch.device(device)
+    for owned in list(owned_parameters(model)):
+        _materialize_parameter(owned, seed, device, dtype)
+    for prefix, module in model.named_modules():
+        _materialize_buffers(prefix, module, device)
+
+
+def _materialize_parameter(owned: Owned, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    parameter = owned.parameter
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"parameter '{owned.name}' has hooks but no storage yet: they would be lost. Register them in `bind`."
+        )
+    target = torch.empty(parameter.shape, dtype=dtype, device=device)
+    fill(target, owned.name, initial_values(owned), seed=seed)
+    fresh = nn.Parameter(target, requires_grad=parameter.requires_grad)
+    fresh.__dict__.update(parameter.__dict__)
+    try:
+        torch.utils.swap_tensors(parameter, fresh)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ValueError(f"parameter '{owned.name}' cannot get its storage: {error}") from error
+
+
+def _materialize_buffers(prefix: str, module: nn.Module, device: torch.device) -> None:
+    own = dict(module.named_buffers(recurse=False))
+    reset: Any = getattr(module, "reset_buffers", None)
+    if own and reset is not None:
+        reset(device)
+        return
+    for leaf, buffer in own.items():
+        if buffer.is_meta:
+            raise ValueError(
+                f"buffer '{prefix}.{leaf}' is on meta, and {type(module).__name__} has no reset_buffers(device)"
+            )
+        module._buffers[leaf] = buffer.to(device)

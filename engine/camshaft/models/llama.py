@@ -1,0 +1,106 @@
+"""The Llama-family decoder: Llama 2 and 3, Qwen2 and Qwen3 are settings of it.
+
+Parameter names and layouts are Hugging Face's (``model.layers.0.self_attn.q_proj.weight``, rotary pairs half a head
+apart), so that state dicts need no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from camshaft.models.config import ModelConfig
+from camshaft.models.layers import Block, Embedding, Linear, RMSNorm, RotaryEmbedding, document_mask
+from camshaft.models.roles import roles
+
+if TYPE_CHECKING:
+    from camshaft.data.loader import Batch
+
+IGNORED = -100
+"""Label of a token that is not counted."""
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor, document: Tensor | None) -> Tensor:
+        """Hidden states [b, s, hidden_size]; arguments as in ``Batch``, each [b, s]."""
+        hidden: Tensor = self.embed_tokens(tokens)
+        rope = self.rotary_emb(positions, torch.promote_types(hidden.dtype, torch.float32))
+        mask = None if document is None else document_mask(document)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, mask)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+
+def widen(logits: Tensor) -> Tensor:
+    """To fp32, or as it is if it is wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class TokenLoss(nn.Module):
+    """Sum of the tokens' cross-entropies, in fp32 or wider. Exactly 0 where no token is counted."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``logits`` [b, s, vocabulary], ``labels`` int64 [b, s] with -100 for tokens that are not counted."""
+        return F.cross_entropy(widen(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class Llama(nn.Module):
+    """Decoder, output projection and loss.
+
+    Build it under ``torch.device("meta")`` and give it values with ``camshaft.models.init.materialize``. A tied
+    ``lm_head.weight`` is the same parameter as ``model.embed_tokens.weight``, and state dicts hold it once.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, config.initializer_range)
+        self.loss = TokenLoss()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+            self.register_state_dict_post_hook(_omit_tied)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_restore_tied)  # type: ignore[no-untyped-call]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the token losses of a microbatch: a scalar, fp32 (fp64 in an fp64 model)."""
+        hidden = self.model(batch.tokens, batch.positions, batch.document)
+        loss: Tensor = self.loss(self.lm_head(hidden), batch.labels)
+        return loss
+
+    def logits(self, tokens: Tensor, positions: Tensor | None = None, document: Tensor | None = None) -> Tensor:
+        """Logits [b, s, vocabulary] of ``tokens`` int64 [b, s], fp32 or wider; positions count from 0 by default."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return widen(self.lm_head(self.model(tokens, positions, document)))
+
+    def roles(self) -> dict[str, str]:
+        """First name of each parameter to ``matrix``, ``embedding``, ``norm`` or ``bias``."""
+        return roles(self)
+
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _omit_tied(module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
+    if prefix + TABLE in state:
+        state.pop(prefix + HEAD, None)
+
+
+def _restore_tied(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
+    if prefix + TABLE in state:
+        state.setdefault(prefix + HEAD, state[prefix + TABLE])
