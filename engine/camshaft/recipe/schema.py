@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
+
+NAME_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+
+def _run_name(name: str) -> str:
+    """A name becomes a folder below the output root on any file system, and cannot leave it."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(
+            "must be 1 to 64 of the characters A-Z a-z 0-9 . _ - and cannot start with a dot:"
+            " it becomes a folder of the output root Fix: choose a short plain name; run.root and run.dir take paths"
+        )
+    if _RESERVED.fullmatch(name) or name.endswith("."):
+        raise ValueError(f"'{name}' cannot be a folder's name on every system Fix: choose another name")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN}$"})]
 
 
 class Section(BaseModel):
@@ -182,7 +201,7 @@ class Recipe(Section):
 
     schema_version: Literal[1]
     """Version of this format."""
-    name: str
+    name: RunName
     """Letters, digits, `.`, `_`, `-`; at most 64; not starting with a dot."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides first values, the order of the data and every random draw."""

@@ -1,0 +1,38 @@
+"""What commands share: their common parameters, and plain output that can be searched and piped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example training.max_steps=100.", show_default=False),
+]
+WorldSizeOption = Annotated[
+    int | None,
+    typer.Option("--world-size", min=1, help="Number of processes; default: launch.processes of the recipe."),
+]
+
+
+def say(text: str = "") -> None:
+    """Write a line to standard output."""
+    typer.echo(text)
+
+
+def warn(text: str) -> None:
+    """Write a line to standard error."""
+    typer.echo(text, err=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write aligned columns; the last one is as wide as it needs. Headers are left out when empty."""
+    lines = [list(headers), *map(list, rows)] if headers else [list(row) for row in rows]
+    if not lines:
+        return
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

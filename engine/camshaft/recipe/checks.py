@@ -1,0 +1,224 @@
+"""What a recipe of the right types can still get wrong: batch algebra, sizes, data, plugins against one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from camshaft import claims, host
+from camshaft.claims import Plan, PlanContext
+from camshaft.errors import Problem, RecipeError
+from camshaft.mesh import MeshShape
+from camshaft.recipe.schema import Recipe
+from camshaft.state import BatchPlan
+
+if TYPE_CHECKING:
+    from camshaft.models.config import ModelConfig
+    from camshaft.recipe.resolved import Resolved
+
+EVERY_SECTION = frozenset(Recipe.model_fields)
+
+
+@dataclass(slots=True)
+class Checked:
+    """What the checks found out. Fields are None, or empty, where a problem made them unknowable."""
+
+    mesh: MeshShape | None = None
+    batch: BatchPlan | None = None
+    """None too when the recipe leaves the number of processes open."""
+    config: ModelConfig | None = None
+    plans: dict[str, Plan] = field(default_factory=dict)
+    """Plugin to its plan, in recipe order."""
+    owners: dict[str, list[str]] = field(default_factory=dict)
+    """Slot to the plugins that own it."""
+    problems: tuple[Problem, ...] = ()
+
+    def require(self) -> Checked:
+        """Itself, when there is no problem.
+
+        Raises:
+            RecipeError: with every problem.
+        """
+        if self.problems:
+            raise RecipeError(self.problems)
+        return self
+
+
+def check(
+    resolved: Resolved,
+    world_size: int | None = None,
+    device: str = "any",
+    *,
+    sound: frozenset[str] = EVERY_SECTION,
+) -> Checked:
+    """Every check that needs neither torch nor a process group.
+
+    Without ``world_size`` the recipe's ``launch.processes`` counts; when that is ``auto`` too, nothing that depends on
+    the number of processes is checked. ``sound`` names the sections whose values can be believed; a check that needs
+    another one is left out.
+    """
+    run = _Run(resolved, sound)
+    processes = world_size or _processes(resolved.recipe)
+    run.need({"parallel", "launch"}, lambda: run.set_mesh(processes))
+    run.need({"batch", "parallel", "launch"}, lambda: run.set_batch(processes))
+    run.need({"training"}, lambda: run.problems.extend(_stop(resolved.recipe)))
+    run.need({"model", "tokenizer", "data"}, run.set_model)
+    run.need({"tokenizer", "data"}, run.check_data)
+    run.set_plugins(device)
+    unique = dict.fromkeys(resolved.placed(problem) for problem in run.problems)
+    run.checked.problems = tuple(unique)
+    return run.checked
+
+
+class _Run:
+    """One run of the checks: each adds to ``problems`` and fills ``checked``."""
+
+    def __init__(self, resolved: Resolved, sound: frozenset[str]) -> None:
+        self.resolved, self.recipe, self.sound = resolved, resolved.recipe, sound
+        self.problems: list[Problem] = []
+        self.checked = Checked()
+
+    def need(self, sections: set[str], step: Callable[[], None]) -> None:
+        if sections <= self.sound:
+            with self.collect():
+                step()
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        try:
+            yield
+        except RecipeError as error:
+            self.problems += error.problems
+
+    def set_mesh(self, processes: int | None) -> None:
+        self.checked.mesh = MeshShape.of(self.recipe.parallel, processes or _smallest_world(self.recipe))
+
+    def set_batch(self, processes: int | None) -> None:
+        if self.checked.mesh is not None and (processes or self.recipe.parallel.data_parallel != "auto"):
+            self.checked.batch = batch_plan(self.recipe, self.checked.mesh)
+        elif processes is None:
+            _whole(self.recipe, 1)
+
+    def set_model(self) -> None:
+        try:  # TEMPORARY
+            from camshaft import data
+            from camshaft.models.config import resolve
+            data.check
+        except (ImportError, AttributeError): return
+
+        config = resolve(self.recipe.model, data.vocab_size(self.resolved))
+        self.checked.config = config
+        length = self.recipe.data.sequence_length
+        if length > config.max_position_embeddings:
+            self.problems.append(
+                Problem(
+                    f"samples of {length} tokens, but the model has {config.max_position_embeddings} positions",
+                    key="data.sequence_length",
+                    fix="shorten it, or raise model.max_position_embeddings",
+                )
+            )
+
+    def check_data(self) -> None:
+        from camshaft import data
+        if not hasattr(data, "check"): return  # TEMPORARY
+
+        self.problems += data.check(self.resolved)
+
+    def set_plugins(self, device: str) -> None:
+        """Slots, plans and claims. With faulty sections of plugins, what is missing cannot be told from what is left."""
+        whole = "plugins" in self.sound
+        plugins = host.Host.of(self.recipe.plugins)
+        self.checked.owners = plugins.owners()
+        slots = host.slot_problems(self.checked.owners)
+        self.problems += [problem for problem in slots if whole or problem.key != "plugins"]
+        if self.checked.mesh is None or not whole or not self.sound >= EVERY_SECTION - {"name", "schema_version"}:
+            return
+        context = PlanContext(self.recipe, self.checked.mesh, tuple(self.recipe.plugins), device)
+        for name, plan in plugins.implementations("plan"):
+            with self.collect():
+                self.checked.plans[name] = plan(context)
+        self.problems += claims.check(self.checked.plans, self.checked.mesh)
+
+
+def _processes(recipe: Recipe) -> int | None:
+    """The number of processes, as far as the recipe alone says it."""
+    return None if recipe.launch.processes == "auto" else recipe.launch.processes
+
+
+def _smallest_world(recipe: Recipe) -> int:
+    """Processes that the degrees need at least."""
+    parallel = recipe.parallel
+    data = 1 if parallel.data_parallel == "auto" else parallel.data_parallel
+    return data * parallel.pipeline_parallel * parallel.context_parallel * parallel.tensor_parallel
+
+
+def batch_plan(recipe: Recipe, mesh: MeshShape) -> BatchPlan:
+    """Batch algebra: global = micro x accumulation x batch degree.
+
+    Raises:
+        RecipeError: the global batch does not divide, or a given accumulation does not fit; shows the whole product.
+    """
+    batch, degree = recipe.batch, mesh.batch_degree
+    accumulation = _whole(recipe, degree)
+    given = batch.gradient_accumulation_steps
+    if given is not None and given != accumulation:
+        product = batch.micro_batch_size * given * degree
+        raise RecipeError(
+            Problem(
+                f"micro {batch.micro_batch_size} x accumulation {given} x {degree} batch-parallel rank(s) = {product},"
+                f" but global_batch_size is {batch.global_batch_size}",
+                key="batch.gradient_accumulation_steps",
+                fix=f"set it to {accumulation}, or remove it: it is derived",
+            )
+        )
+    return BatchPlan(batch.micro_batch_size, batch.global_batch_size, accumulation)
+
+
+def _whole(recipe: Recipe, degree: int) -> int:
+    """Accumulation steps, when they come out whole."""
+    micro, total = recipe.batch.micro_batch_size, recipe.batch.global_batch_size
+    if total % (micro * degree):
+        low = max(1, total // (micro * degree)) * micro * degree
+        near = {low, low + micro * degree} if total > low else {low}
+        raise RecipeError(
+            Problem(
+                f"global_batch_size {total} is not micro {micro} x accumulation x {degree} batch-parallel rank(s):"
+                f" {total} / ({micro} x {degree}) is not whole",
+                key="batch.global_batch_size",
+                fix=f"set it to {' or '.join(str(size) for size in sorted(near))}, or change micro_batch_size",
+            )
+        )
+    return total // (micro * degree)
+
+
+def _stop(recipe: Recipe) -> list[Problem]:
+    training = recipe.training
+    names = ("max_steps", "max_epochs", "max_tokens")
+    given = [name for name in names if getattr(training, name) is not None]
+    if len(given) == 1:
+        return []
+    if given:
+        message = f"{' and '.join(given)} are both given: a run has one end"
+        return [Problem(message, key=f"training.{given[-1]}", fix="keep one of them")]
+    return [Problem("a run needs an end", key="training", fix=f"set one of {', '.join(names)}")]
+
+
+def derived(recipe: Recipe, world_size: int | None) -> Mapping[str, tuple[Any, str]]:
+    """Key to (value, how) of what the recipe leaves to be derived, as far as the number of processes is known."""
+    processes = world_size or _processes(recipe)
+    found: dict[str, tuple[Any, str]] = {}
+    if processes is None:
+        return found
+    try:
+        mesh = MeshShape.of(recipe.parallel, processes)
+        plan = batch_plan(recipe, mesh)
+    except RecipeError:
+        return found
+    if recipe.parallel.data_parallel == "auto":
+        found["parallel.data_parallel"] = (mesh.batch_degree, f"derived from {processes} process(es)")
+    if recipe.batch.gradient_accumulation_steps is None:
+        how = f"derived: {plan.global_batch_size} / ({plan.micro_batch_size} x {mesh.batch_degree})"
+        found["batch.gradient_accumulation_steps"] = (plan.accumulation, how)
+    return found
