@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from camshaft.claims import Plan
-from camshaft.data.loader import Loader
-from camshaft.distributed import Control
 from camshaft.errors import PluginError
 from camshaft.host import Host
 from camshaft.models.config import ModelConfig
 from camshaft.program import Action, window_program
 from camshaft.state import Policy, State, World
+
+if TYPE_CHECKING:
+    from camshaft.data.loader import Loader
+    from camshaft.distributed import Control
 
 CHAINS = ("shard_compute", "recompute", "compile_model", "shard_storage")
 """Phases in which every plugin may change the model in place, in this order, after ``split``."""

@@ -114,7 +114,8 @@ def test_defaults_keyword_only_and_unknown_parameters_are_refused():
         def post_step(self, stat):
             pass
 
-    for plugin, words in ((Default(), "has a default"), (Keyword(), "keyword-only"), (Unknown(), "no parameter 'stat'")):
+    cases = ((Default(), "has a default"), (Keyword(), "keyword-only"), (Unknown(), "no parameter 'stat'"))
+    for plugin, words in cases:
         with pytest.raises(PluginError, match=words):
             Host({"p": plugin})
 
@@ -175,7 +176,7 @@ def test_two_distributions_with_one_name_are_refused(monkeypatch):
 
 
 def test_a_missing_plugin_is_refused_with_the_nearest_name():
-    with pytest.raises(RecipeError, match="no plugin called 'dpp' is installed. Did you mean 'ddp'"):
+    with pytest.raises(RecipeError, match=r"no plugin called 'dpp' is installed\. Did you mean 'ddp'"):
         plugin_class("dpp")
 
 

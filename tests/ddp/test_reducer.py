@@ -34,7 +34,7 @@ class Toy(nn.Module):
 
 
 def inputs(rank, microbatch):
-    """Another number of rows on each rank and microbatch; branch 0 on rank 0 only, branch 1 on the others' last only."""
+    """Another number of rows each time; branch 0 on rank 0 only, branch 1 in the last microbatch of the others only."""
     generator = torch.Generator().manual_seed(10 * rank + microbatch)
     x = torch.randn(1 + rank + 2 * microbatch, 7, generator=generator, dtype=torch.float64)
     return x, (0 if rank == 0 else (1 if microbatch == 2 else None))
@@ -119,7 +119,8 @@ def test_buckets_follow_backward_after_the_first_window():
     (before, order), _ = run_ranks(2, order_after_first_window)
     assert before is None
     assert order.index("second.weight") < order.index("first.weight"), "later layers get their gradients first"
-    assert set(order[-2:]) == {"branch.1", "never"}, "what backward did not touch comes last"
+    doubles = [name for name in order if name != "narrow"]  # the one in fp32 has a bucket of its own
+    assert set(doubles[-2:]) == {"branch.1", "never"}, "what backward did not touch comes last"
 
 
 def resumed(rank, world_size, order):
