@@ -7,10 +7,13 @@ import inspect
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from camshaft.recipe.schema import Recipe
+from camshaft.models.config import resolve
+from camshaft.models.presets import PRESETS
+from camshaft.recipe.schema import Model, Recipe
 from tools.docs import types
 from tools.docs.inventory import plugins
 
+EXAMPLE_VOCABULARY = 1024
 HEAD = """<!-- Generated from engine/camshaft/recipe/schema.py and the plugins' Options by `make docs`. Do not edit. -->
 
 # Recipe reference
@@ -41,12 +44,23 @@ def page() -> str:
     for name, field in Recipe.model_fields.items():
         for block in types.blocks(field.annotation):
             lines += [*_table(block, name, name), *_nested(block, name, 3, set())]
+        lines += _presets() if name == "model" else []
     lines.append(PLUGINS)
     for shipped in plugins():
         lines += ["", f"### plugins.{shipped.name}", "", f"{shipped.summary}."]
         lines += _rows(shipped.plugin.Options, f"plugins.{shipped.name}")
         lines += _nested(shipped.plugin.Options, f"plugins.{shipped.name}", 4, set())
     return "\n".join(lines) + "\n"
+
+
+def _presets() -> list[str]:
+    """Shipped architectures with their size; those without a vocabulary of their own take the tokenizer's."""
+    lines = ["", "### model.preset", "", "| preset | parameters | vocabulary |", "|---|---:|---:|"]
+    for name, preset in PRESETS.items():
+        size = resolve(Model(preset=name), preset.vocab_size or EXAMPLE_VOCABULARY).num_parameters()
+        vocabulary = f"{preset.vocab_size:,}" if preset.vocab_size else "the tokenizer's"
+        lines.append(f"| `{name}` | {size:,} | {vocabulary} |")
+    return [*lines, "", f"Where the vocabulary is the tokenizer's, sizes are with {EXAMPLE_VOCABULARY:,} entries."]
 
 
 def _nested(block: type[BaseModel], key: str, level: int, seen: set[type[BaseModel]]) -> list[str]:
