@@ -22,7 +22,6 @@ from camshaft_console.line import words
 from camshaft_console.progress import Progress
 
 if TYPE_CHECKING:
-    from camshaft.recipe.schema import Training
     from camshaft.state import State
     from camshaft_console.display import Display
 
@@ -49,7 +48,7 @@ class Plugin(camshaft.Plugin):
         super().__init__(options)
         self._display: Display | None = None
         self._points: dict[str, dict[int, float]] = {name: {} for name in _CURVES}
-        self._progress = Progress(None, None)
+        self._progress = Progress(0)
         self._first_step = 0
 
     @hookimpl
@@ -62,9 +61,8 @@ class Plugin(camshaft.Plugin):
             return
         from camshaft_console.display import open_display
 
-        training = state.world.recipe.training
-        self._progress = Progress(training.max_steps, training.max_tokens)
-        self._progress.add(state.step, state.consumed_tokens)
+        self._progress = Progress(state.world.total_steps)
+        self._progress.add(state.step)
         self._first_step = state.step
         try:
             self._display = open_display(self.options.style, sys.stdout)
@@ -78,13 +76,13 @@ class Plugin(camshaft.Plugin):
         for name in _CURVES:
             if name in record:
                 self._points[name][int(record[_STEP])] = float(record[name])
-        display, training = self._display, state.world.recipe.training
+        display, step, total = self._display, int(record[_STEP]), state.world.total_steps
         if "train/loss" in record:
-            self._progress.add_record(record)
-            shown = words(record, training.max_steps, self._progress.eta_s())
-            self._guarded(lambda: display.progress(shown, _fraction(record, training)))
+            self._progress.add(step)
+            shown = words(record, total, self._progress.eta_s())
+            self._guarded(lambda: display.progress(shown, step / total))
         else:
-            self._guarded(lambda: display.permanent(" ".join(words(record, training.max_steps))))
+            self._guarded(lambda: display.permanent(" ".join(words(record, total))))
 
     @hookimpl
     def close(self, state: State, status: str) -> None:
@@ -117,15 +115,6 @@ class Plugin(camshaft.Plugin):
     def _give_up(self, error: Exception) -> None:
         self._display = None
         _logger.warning("the console plugin is off, standard output cannot be written: %s", error)
-
-
-def _fraction(record: Mapping[str, float | int], training: Training) -> float | None:
-    done = [
-        record[name] / limit
-        for name, limit in ((_STEP, training.max_steps), ("progress/consumed_tokens", training.max_tokens))
-        if limit is not None and name in record
-    ]
-    return max(done, default=None)
 
 
 def _earlier(metrics: Path) -> Iterator[tuple[str, int, float]]:

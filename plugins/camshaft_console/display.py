@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Display(Protocol):
     """What the plugin writes to."""
 
-    def progress(self, words: Sequence[str], fraction: float | None) -> None:
+    def progress(self, words: Sequence[str], fraction: float) -> None:
         """Show the newest training record; ``fraction`` is the done part of the run, from 0 to 1."""
 
     def permanent(self, text: str) -> None:
@@ -28,7 +28,7 @@ class Plain:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def progress(self, words: Sequence[str], fraction: float | None) -> None:
+    def progress(self, words: Sequence[str], fraction: float) -> None:
         self.permanent(" ".join(words))
 
     def permanent(self, text: str) -> None:
@@ -42,22 +42,22 @@ class Plain:
 class Rich:
     """One live line with a bar; everything else that is printed scrolls by above it.
 
-    There is no refresh thread: the line changes when a record comes. The cursor stays visible, so that even a
-    process that is killed leaves a usable terminal.
+    There is no refresh thread: the line changes when a record comes, and the last one stays. The cursor is never
+    left hidden, so that even a process that is killed leaves a usable terminal.
     """
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
 
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live = Live(console=console, auto_refresh=False)
         self._live.start()
         console.show_cursor(True)
 
-    def progress(self, words: Sequence[str], fraction: float | None) -> None:
+    def progress(self, words: Sequence[str], fraction: float) -> None:
         self._live.update(self._line(words, fraction), refresh=True)
 
-    def _line(self, words: Sequence[str], fraction: float | None) -> RenderableType:
+    def _line(self, words: Sequence[str], fraction: float) -> RenderableType:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -66,8 +66,6 @@ class Rich:
         for word in words:
             name, _, value = word.partition("=")
             text.append(name, style="dim").append(" ").append(value, style="bold").append("  ")
-        if fraction is None:
-            return text
         row = Table.grid(padding=(0, 1))
         row.add_column(width=16)
         row.add_column(no_wrap=True, overflow="ellipsis")

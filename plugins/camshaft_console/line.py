@@ -17,14 +17,13 @@ _FIELDS: tuple[tuple[str, str, str], ...] = (
 _TAIL: tuple[tuple[str, str, str], ...] = (("perf/mfu", "mfu", ".3f"),)
 
 
-def words(record: Record, max_steps: int | None = None, eta_s: float | None = None) -> list[str]:
+def words(record: Record, total_steps: int, eta_s: float | None = None) -> list[str]:
     """Words of one record; metrics that it does not have are left out.
 
     ``mem`` is the memory allocated on the device, ``tok/s`` counts all ranks, ``eta`` is the time to the end. A
     plugin's own numbers (``plugin/<name>/<metric>``) come last as ``<name>/<metric>=<value>``.
     """
-    step = f"step={record['progress/global_step']:.0f}"
-    found = [f"{step}/{max_steps}" if max_steps else step]
+    found = [f"step={record['progress/global_step']:.0f}/{total_steps}"]
     found += _pick(record, _FIELDS)
     if "perf/tokens_per_s" in record:
         found.append(f"tok/s={short_number(record['perf/tokens_per_s'])}")
