@@ -95,9 +95,10 @@ class Host:
             raise PluginError(self.manager.get_name(error.plugin) or "?", "register", str(error)) from error
 
     @classmethod
-    def of(cls, sections: Mapping[str, Any]) -> Host:
+    def of(cls, sections: Mapping[str, Any], observers: Mapping[str, Plugin] | None = None) -> Host:
         """Instantiate the plugins of a recipe; ``sections`` maps a plugin's name to its options object."""
-        return cls({name: plugin_class(name)(options) for name, options in sections.items()})
+        plugins = {name: plugin_class(name)(options) for name, options in sections.items()}
+        return cls({**plugins, **(observers or {})})
 
     def implementations(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
         """(plugin, function) of every implementation of ``hook``, in recipe order.

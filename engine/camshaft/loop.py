@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from camshaft.cli.launch.watch import StopSignal
     from camshaft.data import Prepared
     from camshaft.distributed import Environment
+    from camshaft.plugin import Plugin
     from camshaft.recipe import Checked, Resolved
     from camshaft.recipe.schema import Recipe
     from camshaft.rundir import RunDirectory
@@ -61,8 +62,16 @@ def run(
 
 
 @contextlib.contextmanager
-def session(resolved: Resolved, environment: Environment, directory: RunDirectory) -> Iterator[Trainer]:
-    """Everything that a run needs, built and loaded; closed again whatever happens inside."""
+def session(
+    resolved: Resolved,
+    environment: Environment,
+    directory: RunDirectory,
+    observers: Mapping[str, Plugin] | None = None,
+) -> Iterator[Trainer]:
+    """Everything that a run needs, built and loaded; closed again whatever happens inside.
+
+    ``observers`` are plugins beside the recipe's own, after them in order: probes of tests and of proofs.
+    """
     device = pick_device(resolved.recipe.launch, environment)
     checked = check(resolved, environment.world_size, device=device.type)
     if checked.problems:
@@ -73,7 +82,8 @@ def session(resolved: Resolved, environment: Environment, directory: RunDirector
     try:
         check_agreement(environment, fingerprint(resolved))
         data = prepare(resolved)
-        trainer = Trainer(resolved, environment, directory, device, data, checked)
+        host = Host.of(resolved.recipe.plugins, observers)
+        trainer = Trainer(host, resolved.recipe, environment, directory, device, data, checked)
         trainer.open()
         yield trainer
         status = "finished"
@@ -98,14 +108,14 @@ class Trainer:
 
     def __init__(
         self,
-        resolved: Resolved,
+        host: Host,
+        recipe: Recipe,
         environment: Environment,
         directory: RunDirectory,
         device: torch.device,
         data: Prepared,
         checked: Checked,
     ) -> None:
-        recipe = resolved.recipe
         if device.type == "cpu" or recipe.training.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -134,7 +144,7 @@ class Trainer:
             stop=self.samples,
             device=device,
         )
-        self.host = Host.of(recipe.plugins)
+        self.host = host
         self.control = Control(environment, recipe.launch.group_timeout_s)
         self.state, self.program = build(self.host, world, checked.config, checked.plans, loader, self.control)
         self.state.components = components(self.host, self.state)
