@@ -55,14 +55,13 @@ def given_tokenizer(resolved: Resolved) -> Tokenizer | None:
 
 
 def vocab_size(resolved: Resolved) -> int | None:
-    """Ids of the tokenizer; None where there is none, or where its file cannot be read (``check`` says why).
+    """Ids of the tokenizer; None where there is none. A BPE to be trained counts with the size it is asked
+    for.
 
-    A BPE that is still to be trained counts with the size that it is asked for.
+    Raises:
+        RecipeError: ``tokenizer.path`` is missing or is no tokenizer.
     """
-    try:
-        tokenizer = given_tokenizer(resolved)
-    except RecipeError:
-        return None
+    tokenizer = given_tokenizer(resolved)
     if tokenizer is not None:
         return tokenizer.vocab_size
     return (resolved.recipe.tokenizer.vocab_size or DEFAULT_VOCABULARY) if has_tokenizer(resolved) else None
