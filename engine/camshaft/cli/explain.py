@@ -16,9 +16,7 @@ from camshaft.recipe.suggest import nearest
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY] [KEY=VALUE]...", help="A key or section to show; overrides.", show_default=False
-    ),
+    typer.Argument(metavar="[KEY] [KEY=VALUE]...", help="A key or section to show; overrides.", show_default=False),
 ]
 
 

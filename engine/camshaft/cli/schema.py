@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 
 def schema(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file.", show_default=False)
+    ] = None,
 ) -> None:
     """Write the JSON Schema (draft 7) of recipes, for editors: completion, descriptions and checks while typing."""
     text = json.dumps(build(), indent=2) + "\n"

@@ -12,9 +12,7 @@ def register(app: typer.Typer) -> None:
     app.command("validate")(validate)
 
 
-def validate(
-    recipe: RecipeArgument, overrides: OverridesArgument = None, world_size: WorldSizeOption = None
-) -> None:
+def validate(recipe: RecipeArgument, overrides: OverridesArgument = None, world_size: WorldSizeOption = None) -> None:
     """Check a recipe and say everything that is wrong with it. Needs neither torch nor a GPU."""
     resolved = load(recipe, overrides or (), world_size=world_size)
     check(resolved, world_size).require()

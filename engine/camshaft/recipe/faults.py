@@ -96,13 +96,16 @@ class _Translator:
             if any(len(error.keys) > len(keys) or error.kind not in wording.WRONG_KIND for error in found)
         }
         if inner:
-            return min(inner.values(), key=lambda faults: (sum(fault.kind == "unknown" for fault in faults), len(faults)))
+            return min(inner.values(), key=_distance)
         value = errors[0].value
         message, fix = wording.of_union([(error.kind, error.context) for error in errors], value)
         return [_Fault(Problem(message, key=self._key(keys), fix=fix), "value")]
 
     def _single(self, error: _Error, branch: str | None) -> _Fault:
         key = self._key(error.keys)
+        if error.kind == "missing" and isinstance(error.value, list):
+            message = f"too few items: {len(error.value)}"
+            return _Fault(Problem(message, key=self._key(error.keys[:-1])), "value")
         if error.kind == "missing":
             name = error.keys[-1]
             where = self._key(error.keys[:-1])
@@ -122,12 +125,16 @@ class _Translator:
         meant = nearest(name, names)
         home = self.elsewhere(name, section)
         message = f"unknown key '{show_key(name)}'"
-        if home and (meant is None or home.rsplit(".", 1)[-1] == name):
-            return _Fault(Problem(f"{message}: it belongs to '{_parent(home)}'", key, fix=f"set {home} instead"), "unknown")
-        if meant:
-            return _Fault(Problem(f"{message}. Did you mean '{meant}'?", key, fix=f"write '{meant}'"), "unknown", meant)
-        known = ", ".join(names) or "none"
-        return _Fault(Problem(message, key, fix=f"remove it; keys of {section or 'a recipe'}: {known}"), "unknown")
+        if home and home.rsplit(".", 1)[-1] == name:
+            told = f"{message}: it belongs to '{_parent(home)}'", f"set {home} instead"
+            meant = None
+        elif meant:
+            told = f"{message}. Did you mean '{meant}'?", f"write '{meant}'"
+        elif home:
+            told = f"{message}. Did you mean '{home}'?", f"set {home} instead"
+        else:
+            told = message, f"remove it; keys of {section or 'a recipe'}: {', '.join(names) or 'none'}"
+        return _Fault(Problem(told[0], key=key, fix=told[1]), "unknown", meant)
 
     def _key(self, keys: Sequence[str]) -> str:
         key = self.prefix
@@ -138,6 +145,11 @@ class _Translator:
 
 def _parent(key: str) -> str:
     return key.rpartition(".")[0] or "the root of the recipe"
+
+
+def _distance(faults: list[_Fault]) -> tuple[int, int]:
+    """How far a branch of a union is from what was written."""
+    return sum(fault.kind == "unknown" for fault in faults), len(faults)
 
 
 def _fold(faults: list[_Fault]) -> list[_Fault]:

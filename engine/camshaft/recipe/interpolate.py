@@ -52,12 +52,11 @@ def _look_up(reference: str, environ: Mapping[str, str]) -> str:
         )
     name, default = found.group(1), found.group(2)
     if secrets.is_secret_name(name):
-        raise _Refused(f"the environment variable '{name}' is named like a secret, and a recipe holds none", secrets.FIX)
+        message = f"the environment variable '{name}' is named like a secret, and a recipe holds none"
+        raise _Refused(message, secrets.FIX)
     value = environ.get(name, default)
     if value is None:
-        raise _Refused(
-            f"the environment variable '{name}' is not set", f"set it, or write ${{env:{name}:-default}}"
-        )
+        raise _Refused(f"the environment variable '{name}' is not set", f"set it, or write ${{env:{name}:-default}}")
     if "${" in value or scalars.unprintable(value):
         raise _Refused(f"the value of '{name}' holds '${{' or control characters", "give it a plain text")
     return value

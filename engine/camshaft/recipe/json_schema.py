@@ -11,8 +11,9 @@ from camshaft.recipe.merge import KEY as EXTENDS
 from camshaft.recipe.schema import Recipe
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
-ENVIRONMENT = "from the environment"
-_KEYWORDS = frozenset({"integer", "number", "boolean"})
+ENVIRONMENT = "FromEnvironment"
+_DATA = frozenset({"const", "default", "enum", "examples", "required"})
+_SCALARS = frozenset({"integer", "number", "boolean"})
 
 
 def build() -> dict[str, Any]:
@@ -39,8 +40,8 @@ def _plugins(definitions: dict[str, Any]) -> dict[str, Any]:
     properties = {}
     for name in host.installed():
         loaded = host.plugin_class(name)
-        definitions[f"plugin {name}"] = _schema_of(loaded.Options, f"{name}.", definitions)
-        section: dict[str, Any] = {"anyOf": [{"$ref": f"#/definitions/plugin {name}"}, {"type": "null"}]}
+        definitions[f"plugins.{name}"] = _schema_of(loaded.Options, f"plugins.{name}.", definitions)
+        section: dict[str, Any] = {"anyOf": [{"$ref": f"#/definitions/plugins.{name}"}, {"type": "null"}]}
         if about := (loaded.__doc__ or "").strip():
             section["description"] = about
         properties[name] = section
@@ -70,7 +71,7 @@ def _draft7(schema: Any) -> Any:
         return [_draft7(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: value if key in ("default", "enum", "const", "required") else _draft7(value) for key, value in schema.items()}
+    found = {key: _keyword(key, value) for key, value in schema.items()}
     if "prefixItems" in found:
         found["items"] = found.pop("prefixItems")
         found["additionalItems"] = False
@@ -79,8 +80,17 @@ def _draft7(schema: Any) -> Any:
     return _or_environment(found)
 
 
+def _keyword(name: str, value: Any) -> Any:
+    """Convert what is a schema; the values of some keywords are data or names."""
+    if name in _DATA:
+        return value
+    if name == "properties":
+        return {key: _draft7(inner) for key, inner in value.items()}
+    return _draft7(value)
+
+
 def _or_environment(schema: dict[str, Any]) -> dict[str, Any]:
-    if not (isinstance(schema.get("type"), str) and schema["type"] in _KEYWORDS):
+    if not (isinstance(schema.get("type"), str) and schema["type"] in _SCALARS):
         return schema
-    outside = {key: schema.pop(key) for key in ("title", "description", "default") if key in schema}
+    outside: dict[str, Any] = {key: schema.pop(key) for key in ("title", "description", "default") if key in schema}
     return {**outside, "anyOf": [schema, {"$ref": f"#/definitions/{ENVIRONMENT}"}]}

@@ -134,19 +134,16 @@ class _Builder:
             if name is None:
                 continue
             if name in found:
-                first = found[name].origin
-                self.document.problems.append(
-                    origin.place(
-                        Problem(
-                            f"'{show_key(name)}' is given twice" + (f", first in line {first.line}" if first.line else ""),
-                            key=join(prefix, name),
-                            fix="remove one of the two",
-                        )
-                    )
-                )
+                self._twice(name, prefix, found[name].origin, origin)
                 continue
             found[name] = node
         return found
+
+    def _twice(self, name: str, prefix: str, first: Origin, second: Origin) -> None:
+        message = f"'{show_key(name)}' is given twice" + (f", first in line {first.line}" if first.line else "")
+        self.document.problems.append(
+            second.place(Problem(message, key=join(prefix, name), fix="remove one of the two"))
+        )
 
     def _key(self, event: Any, prefix: str, depth: int, origin: Origin) -> str | None:
         """The key's text, or None with the fault reported."""

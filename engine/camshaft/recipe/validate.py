@@ -15,7 +15,7 @@ from camshaft.plugin import Options
 from camshaft.recipe import faults
 from camshaft.recipe.nodes import Document, Node, join, locate, plain, show, show_key
 from camshaft.recipe.schema import Recipe
-from camshaft.recipe.suggest import nearest
+from camshaft.recipe.suggest import distance, nearest
 
 PLUGINS = "plugins"
 _STAND_IN: Mapping[str, Any] = {
@@ -70,7 +70,8 @@ def _plugin_sections(document: Document, problems: list[Problem]) -> tuple[dict[
         problems.append(Problem(message, key=PLUGINS, fix="write 'adamw: {lr: 3e-4}' under it, a line for each plugin"))
         return {}, []
     installed = host.installed()
-    problems += [_unknown(name, installed) for name, node in parent.value.items() if name not in installed and not node.bad]
+    named = [name for name, node in parent.value.items() if not node.bad]
+    problems += [_unknown(name, installed) for name in named if name not in installed]
     on = {name: node for name, node in parent.value.items() if node.value is not None or node.bad}
     return on, [name for name in on if name in installed]
 
@@ -97,7 +98,8 @@ def _options(
         if not isinstance(nodes[name].value, dict):
             if not nodes[name].bad:
                 message = f"must be a mapping of the plugin's options, got {show(nodes[name].value)}"
-                problems.append(Problem(message, key=key, fix=f"write '{name}: {{}}' for the defaults, or null to switch it off"))
+                fix = f"write '{name}: {{}}' for the defaults, or null to switch it off"
+                problems.append(Problem(message, key=key, fix=fix))
             continue
         try:
             found[name] = model.model_validate_json(json.dumps(value))
@@ -138,17 +140,18 @@ class _Elsewhere:
         for name, model in others.items():
             if key in model.model_fields:
                 return join(name, key)
-        best = nearest(key, [field for model in others.values() for field in model.model_fields])
-        return next((join(name, best) for name, model in others.items() if best in model.model_fields), None)
+        names = [field for model in others.values() for field in model.model_fields]
+        close = [name for name in names if distance(key, name) <= len(name) // 6]
+        return next(
+            (join(name, close[0]) for name, model in others.items() if close and close[0] in model.model_fields), None
+        )
 
 
 def _without_echoes(problems: list[Problem], document: Document) -> list[Problem]:
     """Drop what the schema says about keys whose fault the reader has already told, and repetitions."""
     told = {problem.key for problem in document.problems if problem.key}
     fresh = problems[len(document.problems) :]
-    return list(
-        dict.fromkeys([*document.problems, *(problem for problem in fresh if problem.key not in told)])
-    )
+    return list(dict.fromkeys([*document.problems, *(problem for problem in fresh if problem.key not in told)]))
 
 
 def _place(root: Node, problem: Problem) -> Problem:
