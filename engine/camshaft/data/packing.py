@@ -49,6 +49,7 @@ class PackedDataset:
         window = np.full(length + 1, self._pad, np.int64)
         self._fill(window[: real + 1], start)
         tokens, labels = window[:length], window[1:].copy()
+        tokens[real:] = self._pad
         labels[real:] = IGNORE
         if not self.document_mask:
             return tokens, labels, self._places, None
