@@ -30,7 +30,7 @@ types: venv
 	$(BIN)/mypy engine/camshaft plugins/*/ tools
 
 docs: venv
-	$(BIN)/python tools/docs.py
+	$(BIN)/python -m tools.docs
 
 bench: venv
 	$(BIN)/python -m tools.bench

@@ -1,0 +1,156 @@
+"""The shape of the tree: names that must agree, what the core may say, and how large things may grow."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from camshaft import Plugin
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "engine" / "camshaft"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
+NAMES = sorted(folder.removeprefix("camshaft_") for folder in FOLDERS)
+CODE = [path for top in ("engine", "plugins", "tools", "tests") for path in sorted((ROOT / top).rglob("*.py"))]
+
+# A plugin's name is either a strategy's, which the core may not say, or a plain word that the core needs for itself.
+PLAIN_WORDS = {
+    "checkpoint": "what the slots save and load are for",
+    "clip": "the slot and the program's action CLIP",
+    "console": "rich's class for a terminal",
+    "jsonl": "a file format that the data reader knows",
+    "precision": "the slot",
+}
+STRATEGIES = {*NAMES, "adam", "fsdp", "zero1", "zero2", "zero3", "gpipe", "megatron", "muon", "lion", "cosine"} - {
+    *PLAIN_WORDS
+}
+# (file, word): why that file has to say it. An entry that is not needed any more fails too.
+ALLOWED = {
+    ("claims.py", "ddp"): "the fix for a data axis that nobody claims names the plugin most people want",
+    ("host.py", "adamw"): "the fix for a recipe without an optimizer",
+    ("recipe/validate.py", "adamw"): "the fix for a malformed list of plugins shows what a right line looks like",
+}
+
+
+def test_folders_and_entry_points_are_the_same_plugins() -> None:
+    declared = PYPROJECT["project"]["entry-points"]["camshaft.plugins"]
+    assert declared == {name: f"camshaft_{name}:Plugin" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plugin_loads_and_is_its_own(name: str) -> None:
+    (point,) = entry_points(group="camshaft.plugins", name=name)
+    plugin = point.load()
+    assert issubclass(plugin, Plugin) and plugin.__module__.split(".")[0] == f"camshaft_{name}"
+
+
+def test_import_contracts_cover_every_plugin() -> None:
+    linter = PYPROJECT["tool"]["importlinter"]
+    forbidden, independent = linter["contracts"]
+    assert set(linter["root_packages"]) == FOLDERS | {"camshaft"}
+    assert set(forbidden["forbidden_modules"]) == FOLDERS | {"deepspeed", "wandb"}
+    assert set(independent["modules"]) == FOLDERS
+
+
+def test_every_plugin_is_documented() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[`(\w+)`\]\(docs/recipe\.md#plugins\w+\)", readme, re.MULTILINE) == NAMES
+    assert re.findall(r"^### plugins\.(\w+)$", reference, re.MULTILINE) == NAMES
+
+
+def words_of(path: Path) -> Iterator[str]:
+    """Words of a module's code: identifiers, keys, text of messages. Comments and docstrings do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documentation = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        for value in (getattr(node, field, None) for field in ("id", "attr", "name", "arg", "module", "asname")):
+            if isinstance(value, str):
+                yield from split(value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield from split(node.value)
+
+
+def split(text: str) -> list[str]:
+    """Lower-case words of an identifier or a sentence, camel case and snake case taken apart, and the whole too."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", text)
+    whole = re.findall(r"[a-z0-9_]+", text.lower())
+    return whole + re.findall(r"[a-z0-9]+", spaced.lower())
+
+
+def test_the_core_says_no_strategys_name() -> None:
+    said = {
+        (path.relative_to(CORE).as_posix(), word)
+        for path in sorted(CORE.rglob("*.py"))
+        for word in words_of(path)
+        if word in STRATEGIES
+    }
+    assert said == set(ALLOWED)
+
+
+@pytest.mark.parametrize("text", ["use_ddp", "DdpState", "plugins.ddp: {}", "camshaft_ddp", "a ddp plugin", "ddp"])
+def test_a_strategys_name_is_found_however_it_is_written(text: str) -> None:
+    assert "ddp" in split(text)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+# A core above 2,000 lines is a sign that a strategy leaked in. What surrounds it has budgets of its own.
+AREAS = {
+    "recipe": ("recipe/", 2000),
+    "machine": (("environment.py", "processes.py", "distributed.py", "rundir.py"), 1000),
+    "core": ("", 2000),
+}
+APART = ("models/", "data/", "testing/", "cli/")
+
+
+def test_the_core_stays_small() -> None:
+    sizes: dict[str, dict[str, int]] = {area: {} for area in AREAS}
+    for path in sorted(CORE.rglob("*.py")):
+        name = path.relative_to(CORE).as_posix()
+        if not name.startswith(APART):
+            area = next(area for area, (prefix, _) in AREAS.items() if name.startswith(prefix))
+            sizes[area][name] = lines(path)
+    too_long = {
+        area: (sum(found.values()), found) for area, found in sizes.items() if sum(found.values()) > AREAS[area][1]
+    }
+    assert too_long == {}, "something in it belongs to a plugin"
+
+
+def test_no_file_is_too_long() -> None:
+    assert {str(path.relative_to(ROOT)): lines(path) for path in CODE if lines(path) > 400} == {}
+
+
+TEXT = (".py", ".md", ".yaml", ".yml", ".toml", ".svg")
+TOP_LEVEL = ("engine", "plugins", "tools", "tests", "docs", "recipes", "changelog.d")
+MACHINE_PATH = re.compile(r"(?<![a-z.\w])/(root|home|work|tmp|Users)/[A-Za-z]")
+
+
+def test_no_path_of_a_machine_is_written_down() -> None:
+    files = [path for top in TOP_LEVEL for path in (ROOT / top).rglob("*") if path.suffix in TEXT]
+    files += [path for path in ROOT.iterdir() if path.is_file()] + [ROOT / ".ci" / "run"]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins").glob("*/__init__.py")), ids=lambda path: path.parent.name)
+def test_a_plugin_is_typed_and_says_what_it_is(path: Path) -> None:
+    assert (path.parent / "py.typed").exists()
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert len(text.split()) >= 8, f"{path}: the docstring names the method, its source and what it claims"
