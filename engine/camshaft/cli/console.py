@@ -28,11 +28,18 @@ def warn(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write aligned columns; the last one is as wide as it needs. Headers are left out when empty."""
+def columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns as text; the last one is as wide as it needs. Headers are left out when empty."""
     lines = [list(headers), *map(list, rows)] if headers else [list(row) for row in rows]
     if not lines:
-        return
+        return ""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write aligned columns, if there are any."""
+    text = columns(headers, rows)
+    if text:
+        say(text)

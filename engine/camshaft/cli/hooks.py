@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from camshaft.cli.console import OverridesArgument, say, table
+from camshaft.cli.console import OverridesArgument, columns, say
 from camshaft.hookspecs import FAMILIES
 from camshaft.host import Host
 from camshaft.recipe import load
@@ -34,7 +34,7 @@ def hooks(
             if host is not None:
                 row.append(", ".join(plugin for plugin, _ in host.implementations(name)) or "-")
             rows.append(tuple(row))
-        say(f"{(family.__doc__ or '').splitlines()[0]}\n{table(tuple(headers), rows)}\n")
+        say(f"{(family.__doc__ or '').splitlines()[0]}\n{columns(tuple(headers), rows)}\n")
 
 
 def _kind(function: object) -> str:

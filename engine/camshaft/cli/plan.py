@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, say, table
+from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, columns, say
 from camshaft.hookspecs import BuildHooks
 from camshaft.host import Host
 from camshaft.program import brief, window_program
@@ -57,8 +57,10 @@ def _sizes(resolved: Resolved, checked: Checked) -> str:
         [
             f"model        {config.num_parameters():,} parameters, {config.num_hidden_layers} layers",
             f"mesh         {axes} = {mesh.world_size} rank(s)",
-            (f"batch        global {batch.global_batch_size} = micro {batch.micro_batch_size} x accumulation "
-            f"{batch.accumulation} x data ranks {mesh.batch_degree}"),
+            (
+                f"batch        global {batch.global_batch_size} = micro {batch.micro_batch_size} x accumulation "
+                f"{batch.accumulation} x data ranks {mesh.batch_degree}"
+            ),
             f"tokens       {batch.global_batch_size * length:,} a step ({length} a sample)",
         ]
     )
@@ -69,14 +71,14 @@ def _phases(host: Host) -> str:
     for phase in PHASES:
         names = [name for name, _ in host.implementations(phase)]
         rows.append((phase, ", ".join(names) or "(core)"))
-    return "phases, in order\n" + table(("phase", "plugins, in order"), rows)
+    return "phases, in order\n" + columns(("phase", "plugins, in order"), rows)
 
 
 def _claims(checked: Checked) -> str:
     rows = [(name, str(claim)) for name, plan in checked.plans.items() for claim in plan.claims]
     owners = [(slot, names[0]) for slot, names in checked.owners.items() if names]
-    claims = table(("plugin", "claims"), rows) if rows else "(none)"
-    return f"slots\n{table(('slot', 'owner'), owners)}\n\nclaims\n{claims}"
+    claims = columns(("plugin", "claims"), rows) if rows else "(none)"
+    return f"slots\n{columns(('slot', 'owner'), owners)}\n\nclaims\n{claims}"
 
 
 def _programs(checked: Checked, host: Host, rank: int | None) -> str:
@@ -94,4 +96,4 @@ def _programs(checked: Checked, host: Host, rank: int | None) -> str:
     place = ""
     if rank is not None:
         place = "  ".join(f"{axis}={digit}" for axis, digit in mesh.coordinates(rank).items()) + "\n"
-    return f"program of one window\n{place}{table(('rank', 'actions'), lines)}"
+    return f"program of one window\n{place}{columns(('rank', 'actions'), lines)}"
