@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from camshaft.environment import Environment, Launcher, read_environment
 from camshaft.errors import MachineError
@@ -18,7 +18,7 @@ from camshaft.processes import identify, launcher_of
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
     from camshaft.recipe.schema import Launch
 
@@ -90,7 +90,7 @@ def _one_node_store(environment: Environment, timeout: timedelta) -> Store:
         _met_in.append(folder)
     store = FileStore(str(folder / "store"), environment.world_size)
     store.set_timeout(timeout)
-    return store
+    return cast("Store", store)
 
 
 def rendezvous_folder(environ: Mapping[str, str]) -> Path:

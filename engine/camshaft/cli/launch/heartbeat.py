@@ -1,4 +1,4 @@
-"""What each rank does right now, in a small file that the front reads: one slot a rank, written without system calls."""
+"""What each rank does right now, in a small file that the front reads: a slot a rank, written without system calls."""
 
 from __future__ import annotations
 

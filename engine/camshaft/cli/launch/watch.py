@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from camshaft.cli.launch.exits import Kind
 from camshaft.environment import Launcher
@@ -35,7 +35,7 @@ def exit_at_once(status: int, kind: Kind, reason: str) -> NoReturn:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a flag that the loop reads each step.
+    """SIGTERM, SIGINT and the terminal's end (SIGHUP, unless ignored) as a flag that the loop reads each step.
 
     The kernel-side part of Python's signal handling writes to a socket that a thread reads: so the flag is set, and
     the time limit runs, also while the main thread waits in a collective and could not run a handler.
@@ -53,15 +53,25 @@ class StopSignal:
         self._last: dict[int, float] = {}
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        self._before: dict[int, Any] = {}
 
     def install(self) -> StopSignal:
-        """Take over both signals. Only the main thread may call this."""
-        for signum in _SIGNALS:
-            signal.signal(signum, _noted)
+        """Take over the signals. Only the main thread may call this."""
+        ignored = signal.getsignal(signal.SIGHUP) != signal.SIG_DFL  # nohup
+        wanted = _SIGNALS if ignored else (*_SIGNALS, signal.SIGHUP)
+        self._before = {signum: signal.signal(signum, _noted) for signum in wanted}
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget_in_child)
         threading.Thread(target=self._listen, name="camshaft-stop", daemon=True).start()
         return self
+
+    def uninstall(self) -> None:
+        """Give the signals back to whoever had them."""
+        if self._before:
+            signal.set_wakeup_fd(-1)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._writer.close()  # ends the thread
 
     def request(self, signum: int = signal.SIGTERM) -> None:
         """Ask for a stop from inside, as a signal would."""
@@ -75,8 +85,12 @@ class StopSignal:
             ready, _, _ = select.select([self._reader], [], [], wait)
             if not ready:
                 self._force(1, "forced", f"could not stop within {self._grace_s:.0f} s of the request")
-            for signum in self._reader.recv(64):
-                if signum in _SIGNALS:
+            received = self._reader.recv(64)
+            if not received:
+                self._reader.close()
+                return
+            for signum in received:
+                if signum in self._before or signum in _SIGNALS:
                     self._take(signum)
 
     def _take(self, signum: int) -> None:
@@ -97,7 +111,7 @@ def _noted(signum: int, frame: FrameType | None) -> None:
 def _forget_in_child() -> None:
     """A forked child shares the socket: its signals must not stop its parent."""
     signal.set_wakeup_fd(-1)
-    for signum in _SIGNALS:
+    for signum in (*_SIGNALS, signal.SIGHUP):
         if signal.getsignal(signum) is _noted:
             signal.signal(signum, signal.SIG_DFL)
 

@@ -1,0 +1,88 @@
+"""What this machine has: versions, GPUs, launchers, which apex. Names nobody and holds nothing of the environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("camshaft", "torch", "deepspeed", "wandb", "tokenizers", "numpy", "safetensors", "pluggy", "pydantic")
+"""Packages whose versions a run directory records."""
+
+
+def version(package: str) -> str | None:
+    """The installed version; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_module(name: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def apex() -> tuple[str, bool]:
+    """Which apex is installed, and whether it is NVIDIA's with its CUDA extensions."""
+    if has_module("amp_C"):
+        return "NVIDIA apex with CUDA extensions (amp_C)", True
+    if not has_module("apex"):
+        return "not installed", False
+    if has_module("apex.normalization") and has_module("apex.multi_tensor_apply"):
+        return "NVIDIA apex without its CUDA extensions: build it with --cpp_ext --cuda_ext", False
+    found = version("apex") or "of unknown version"
+    return (
+        f"PyPI's 'apex' {found}, an unrelated web package: pip uninstall apex, and build NVIDIA/apex from source",
+        False,
+    )
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that torch sees. Imports torch."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [str(torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())]
+
+
+def cuda_versions() -> dict[str, str | None]:
+    """CUDA and NCCL that torch was built with. Imports torch."""
+    import torch
+
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda and torch.cuda.is_available() else None
+    return {"cuda": torch.version.cuda, "nccl": nccl}
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that ``folder`` is at; None outside a repository or without git."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def run_environment(folder: Path, launcher: str, world_size: int) -> dict[str, Any]:
+    """Content of a run's env.json: a fixed list of facts. ``folder``: the recipe's, for the commit. Imports torch."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "packages": {name: version(name) for name in PACKAGES},
+        **cuda_versions(),
+        "gpus": gpus(),
+        "launcher": launcher,
+        "world_size": world_size,
+        "git_commit": git_commit(folder),
+    }

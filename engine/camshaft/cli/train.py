@@ -1,0 +1,277 @@
+"""``camshaft train``: one process trains here; several are started under a launcher, and owned until they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from camshaft.cli.console import OverridesArgument, RecipeArgument, say, warn
+from camshaft.cli.launch import heartbeat
+from camshaft.environment import Environment, read_environment
+from camshaft.errors import (
+    CamshaftError,
+    Interrupted,
+    MachineError,
+    NonFiniteLoss,
+    OutOfMemory,
+    RecipeError,
+)
+from camshaft.processes import alive
+from camshaft.recipe import check, load
+from camshaft.rundir import Choice, RunDirectory, choose, digest, utc_now
+
+if TYPE_CHECKING:
+    from camshaft.cli.launch.rank import Station
+    from camshaft.recipe import Resolved
+
+_EARLIER_S = 25.0
+_STATES = {0: "finished", 130: "interrupted"}
+_ERRORS: dict[int, type[CamshaftError]] = {
+    error.exit_status: error for error in (RecipeError, MachineError, OutOfMemory, NonFiniteLoss, Interrupted)
+}
+
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run, whatever the latest one's state is.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root app."""
+    app.command("train")(train)
+
+
+def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: FreshOption = False) -> None:
+    """Train what a recipe describes; the same command continues a run that was interrupted or killed.
+
+    Exit status: 0; 2 recipe; 3 machine; 4 out of memory; 5 non-finite loss; 130 stopped after a checkpoint.
+    """
+    from camshaft.cli.launch.rank import supervised
+
+    environment = read_environment(os.environ)
+    changes = tuple(overrides or ())
+    if environment.launcher == "none":
+        resolved = load(recipe, changes)
+        processes, device = local_processes(resolved)
+        check(resolved, processes, device=device).require()
+        if processes > 1:
+            _front(resolved, changes, processes, device, fresh)
+            return
+    status = supervised(environment, lambda station: _rank(station, recipe, changes, fresh))
+    if status:
+        raise typer.Exit(status)
+
+
+def local_processes(resolved: Resolved) -> tuple[int, str]:
+    """How many processes to start on this machine, and on what device.
+
+    Raises:
+        MachineError: fewer GPUs than processes.
+    """
+    launch = resolved.recipe.launch
+    gpus = 0 if launch.device == "cpu" else _count_gpus()
+    device = "cuda" if gpus or launch.device == "cuda" else "cpu"
+    processes = launch.processes if launch.processes != "auto" else max(gpus, 1)
+    if device == "cuda" and processes > gpus:
+        raise MachineError(
+            f"{processes} process(es) on cuda need as many GPUs, and this machine shows {gpus}. "
+            f"Set launch.processes={max(gpus, 1)}, or launch.device=cpu"
+        )
+    return processes, device
+
+
+def _count_gpus() -> int:
+    """GPUs that torch sees; torch is imported only where there is a driver."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: str, fresh: bool) -> None:
+    """Start the ranks and own them.
+
+    Raises:
+        CamshaftError: with the run's exit status, naming rank, step and cause.
+    """
+    from camshaft.cli.launch import commands
+    from camshaft.cli.launch.supervisor import Job, supervise
+    from camshaft.cli.launch.watch import StopSignal
+    from camshaft.data import cache
+
+    launch = resolved.recipe.launch
+    stop = StopSignal(grace_s=None, repeat_ends=False).install()
+    with ExitStack() as stack:
+        stack.callback(stop.uninstall)
+        _prepare_data(resolved)
+        if stop.requested:
+            raise Interrupted("stopped before the ranks were started")
+        choice = _take_directory(resolved, fresh)
+        stack.callback(choice.lock.release)
+        line = commands.equivalent(
+            launch.launcher, processes, commands.Target("camshaft", ("train", str(resolved.path), *changes))
+        )
+        say(choice.message)
+        say(f"starting     {line}")
+        _begin(choice.directory, resolved, processes, line)
+        threads = commands.threads_for(processes, launch.threads_per_rank)
+        extensions = commands.extensions_folder(cache.folder(resolved.recipe.data.cache_dir, os.environ))
+        job = Job(
+            launcher=launch.launcher,
+            processes=processes,
+            target=commands.target_of(str(resolved.path), changes, choice.directory.path),
+            directory=choice.directory,
+            environment=commands.child_environment(
+                os.environ, launcher=launch.launcher, device=device, threads=threads, extensions=extensions
+            ),
+        )
+        sys.stdout.flush()
+        outcome = supervise(job, stop)
+        _end(choice.directory, outcome.status)
+    if outcome.status:
+        error = _ERRORS.get(outcome.status, CamshaftError)(outcome.message)
+        raise error
+
+
+def _prepare_data(resolved: Resolved) -> None:
+    """Fill the cache before ranks exist, so that they do not wait for one another, with progress on a terminal."""
+    from camshaft.data import prepare
+
+    if not sys.stderr.isatty():
+        prepare(resolved)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = int(bar.add_task(stage, total=total or None))
+            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        prepare(resolved, show)
+
+
+def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) -> int:
+    """Everything of one rank: check, connect, agree on the run directory, train."""
+    environment = station.environment
+    resolved = load(recipe, changes, world_size=environment.world_size)
+    check(resolved, environment.world_size, device="any").require()
+    from camshaft.distributed import connect, pick_device, set_threads
+
+    launch = resolved.recipe.launch
+    set_threads(environment, launch.threads_per_rank)
+    station.heartbeat.beat(0, "connect")
+    connect(environment, pick_device(launch, environment).type, launch.group_timeout_s)
+    with ExitStack() as stack:
+        directory = station.directory
+        owner = station.front is None and environment.rank == 0
+        if directory is None:
+            directory = _agree_on_directory(station, resolved, fresh, stack)
+            station.enter(directory)
+        if owner:
+            _begin(directory, resolved, environment.world_size, f"{environment.launcher}: camshaft train")
+        return _train(station, resolved, directory, owner)
+
+
+def _train(station: Station, resolved: Resolved, directory: RunDirectory, owner: bool) -> int:
+    from camshaft import loop
+    from camshaft.cli import closing, inventory
+    from camshaft.cli.launch import exits
+
+    environment = station.environment
+    if environment.rank == 0:
+        facts = inventory.run_environment(resolved.base_dir, environment.launcher, environment.world_size)
+        directory.keep("env.json", json.dumps(facts, indent=2) + "\n")
+    status = 1
+    try:
+        status = loop.run(
+            resolved,
+            environment,
+            directory,
+            station.heartbeat,
+            station.stop,
+            lambda state, data: closing.show(state, data, str(resolved.path)),
+        )
+        return status
+    except BaseException as error:
+        status = exits.classify(error)[0]
+        raise
+    finally:
+        if owner:
+            _end(directory, status, station.heartbeat.progress[0])
+
+
+def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack: ExitStack) -> RunDirectory:
+    """Rank 0 picks and locks the directory, the others learn it; an error of rank 0 is raised on every rank."""
+    from camshaft.distributed import share_text
+
+    environment = station.environment
+    answer: dict[str, str] = {}
+    if environment.rank == 0:
+        try:
+            choice = _take_directory(resolved, fresh)
+            stack.callback(choice.lock.release)
+            heartbeat.create(choice.directory.heartbeat, environment.world_size)
+            say(choice.message)
+            answer = {"path": str(choice.directory.path.resolve())}
+        except MachineError as error:
+            answer = {"error": str(error)}
+    answer = json.loads(share_text(environment, json.dumps(answer)))
+    if "error" in answer:
+        raise MachineError(answer["error"])
+    return RunDirectory(answer["path"]).create()
+
+
+def _take_directory(resolved: Resolved, fresh: bool) -> Choice:
+    """Choose and lock the run directory, and wait until ranks of an earlier, killed run have left it."""
+    recipe = resolved.recipe
+    choice = choose(recipe.run, recipe.name, digest(resolved.values()), fresh=fresh)
+    limit = time.monotonic() + _EARLIER_S
+    told = False
+    while left := [beat for beat in heartbeat.read(choice.directory.heartbeat) if alive(beat.process)]:
+        if time.monotonic() > limit:
+            choice.lock.release()
+            raise MachineError(
+                f"rank {left[0].rank} (pid {left[0].process.pid}) of an earlier run still works in "
+                f"{choice.directory.path}. Stop it, or give another run.dir"
+            )
+        if not told:
+            warn(f"waiting for {len(left)} rank(s) of an earlier run in {choice.directory.path} to end")
+            told = True
+        time.sleep(0.2)
+    return choice
+
+
+def _begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: str) -> None:
+    """Keep what this start was, and mark the run as running."""
+    directory.keep("recipe.yaml", resolved.path.read_text())
+    directory.keep("resolved.yaml", resolved.dump())
+    before = directory.read_status()
+    directory.write_status(
+        name=resolved.recipe.name,
+        state="running",
+        step=before.get("step", 0),
+        started=before.get("started") or utc_now(),
+        resumed=utc_now() if before else None,
+        ended=None,
+        exit_status=None,
+        world_size=world_size,
+        command=line,
+        digest=digest(resolved.values()),
+    )
+
+
+def _end(directory: RunDirectory, status: int, step: int | None = None) -> None:
+    """Mark how the run ended."""
+    if step is None:
+        step = max((beat.step for beat in heartbeat.read(directory.heartbeat)), default=0)
+    directory.write_status(state=_STATES.get(status, "failed"), ended=utc_now(), exit_status=status, step=step)
