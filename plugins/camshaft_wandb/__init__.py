@@ -24,7 +24,7 @@ from pydantic import Field
 import camshaft
 from camshaft import Plan, Problem, hookimpl
 from camshaft_wandb.client import Client
-from camshaft_wandb.identity import public_config, resolve_mode, run_id
+from camshaft_wandb.identity import public, resolve_mode, run_id
 
 if TYPE_CHECKING:
     from camshaft.state import State
@@ -81,7 +81,7 @@ class Plugin(camshaft.Plugin):
             arguments = self._init_arguments(state, run)
             Path(arguments["dir"]).mkdir(parents=True, exist_ok=True)
             self._client = Client(
-                {"mode": mode, "init": arguments, "settings": self._settings()},
+                {"mode": mode, "init": public(arguments, os.environ), "settings": self._settings()},
                 output=run / "logs" / "wandb.log",
                 start_timeout_s=self.options.start_timeout_s,
                 close_timeout_s=self.options.close_timeout_s,
@@ -111,7 +111,7 @@ class Plugin(camshaft.Plugin):
             "job_type": options.job_type,
             "tags": options.tags,
             "notes": options.notes,
-            "config": public_config(recipe.model_dump(mode="json"), os.environ),
+            "config": recipe.model_dump(mode="json"),
         }
         if "WANDB_SWEEP_ID" in os.environ:
             return arguments

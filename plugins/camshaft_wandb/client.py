@@ -20,6 +20,8 @@ from camshaft_wandb.process import Worker, WorkerLost
 QUEUE_RECORDS = 10_000
 _IMPORT_LIMIT_S = 60.0
 """Starting Python and importing wandb: seconds on a shared file system with a cold cache, and nobody waits."""
+_EXIT_LIMIT_S = 1.0
+"""Everything is on disk and uploaded when the worker says that it is done; its exit handlers may hang all the same."""
 _RESERVE_S = 4.0
 """Part of the closing time that is kept for recording offline what an unfinished attempt to go online held up."""
 _logger = logging.getLogger("camshaft.wandb")
@@ -152,7 +154,7 @@ class Client:
             return
         if done["failures"]:
             _logger.warning("W&B refused %d call(s); the first: %s", done["failures"], done["reason"])
-        worker.wait(self._close_by - time.monotonic())
+        worker.wait(min(_EXIT_LIMIT_S, self._close_by - time.monotonic()))
 
     def _warn_unfinished(self) -> None:
         where = f": upload the rest with: wandb sync {self._directory}" if self._directory else ""

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from camshaft.recipe.secrets import has_secret_shape, is_secret_name
+
 _PRIVACY = {"run": "online", "dryrun": "offline", "online": "online", "offline": "offline", "disabled": "disabled"}
 _ORDER = ("auto", "online", "offline", "disabled")
-_SECRET = re.compile(r"(^|_)(api_?key|access_?key|private_?key|secret|password|passwd|credentials?)(_|$)|(^|_)token$")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _ID = re.compile(r"[^:;,#?/'\s]{1,128}")
 
 
@@ -44,20 +44,22 @@ def run_id(path: Path, environ: Mapping[str, str]) -> str:
     return found
 
 
-def public_config(tree: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of ``tree`` without keys that look like secrets, user names in URLs, or the W&B key itself.
+def public(tree: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of ``tree`` without keys that are named like secrets; text that looks like one, or holds the W&B key,
+    becomes ``[removed]``.
 
-    The recipe refuses such keys already; this holds for what a plugin's options carry by another name.
+    The loader of recipes refuses such keys and values already. This is the last gate before they leave the machine,
+    and knows what the loader cannot: the key of this process.
     """
     key = environ.get("WANDB_API_KEY", "")
-    return {name: _public(value, key) for name, value in tree.items() if not _SECRET.search(name.lower())}
+    return {name: _public(value, key) for name, value in tree.items() if not is_secret_name(name)}
 
 
 def _public(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
-        return public_config(value, {"WANDB_API_KEY": key})
+        return public(value, {"WANDB_API_KEY": key})
     if isinstance(value, list | tuple):
         return [_public(item, key) for item in value]
-    if isinstance(value, str):
-        return _USER_INFO.sub("", value.replace(key, "") if key else value)
+    if isinstance(value, str) and ((key and key in value) or has_secret_shape(value)):
+        return "[removed]"
     return value

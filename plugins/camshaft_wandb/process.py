@@ -37,10 +37,17 @@ class Worker:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "camshaft_wandb.worker"],  # -P: import nothing from the working directory
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "camshaft_wandb.worker",
+                ],  # -P: the working directory is no place for modules
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                # wandb reports its own errors and timings to the server, offline too, and waits for that at its exit
+                env={"WANDB_ERROR_REPORTING": "false", **os.environ},
                 start_new_session=True,  # Ctrl-C at the terminal is the trainer's to handle
                 bufsize=0,
             )

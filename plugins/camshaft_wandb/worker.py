@@ -42,7 +42,8 @@ class Session:
         self._run = self._wandb.init(mode=mode, settings=self._wandb.Settings(**settings), **self._request["init"])
         self._run.define_metric(_STEP)
         self._run.define_metric("*", step_metric=_STEP)
-        return {"event": "ready", "mode": mode, "url": self._run.url, "dir": os.path.dirname(self._run.dir)}  # noqa: PTH120
+        url = self._run.url if mode == "online" else None
+        return {"event": "ready", "mode": mode, "url": url, "dir": os.path.dirname(self._run.dir)}  # noqa: PTH120
 
     def _has_key(self) -> bool:
         """wandb's own search: the environment, netrc, an identity token, its settings files."""
