@@ -179,7 +179,7 @@ def test_ids_above_the_vocabulary_are_found_at_both_ends_and_between(tmp_path, p
 
 def test_negative_ids_are_refused(tmp_path):
     data = IndexedDataset(put(tmp_path, *by_hand([[1, 2, -3]], code=4, letter="i")))
-    with pytest.raises(RecipeError, match="token 2 .* has id -3"):
+    with pytest.raises(RecipeError, match=r"token 2 .* has id -3"):
         data.check_ids(100)
 
 

@@ -221,8 +221,8 @@ def test_each_part_of_a_blend_is_read_through_before_it_repeats(tmp_path):
     mixed, parts = blend(tmp_path)
     size = len(mixed)
     seen: dict[tuple[int, int], list[int]] = {}
-    for number in range(12 * size):
-        part, index, epoch = mixed.locate(number % size, number // size)
+    for sample in range(12 * size):
+        part, index, epoch = mixed.locate(sample % size, sample // size)
         seen.setdefault((part, epoch), []).append(index)
     for part in range(3):
         last = max(epoch for owner, epoch in seen if owner == part)

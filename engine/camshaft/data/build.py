@@ -11,6 +11,7 @@ import numpy as np
 from camshaft.data.indexed import dtype_for
 from camshaft.data.tokenizer import Tokenizer
 from camshaft.data.writer import IndexedWriter
+from camshaft.errors import Problem, RecipeError
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all or 0 where unknown)."""
@@ -33,6 +34,9 @@ def write_tokens(
     """Encode ``texts`` and write them under ``prefix``. Memory is bounded by 2 MiB of text plus one document.
 
     Nothing appears under the prefix if ``texts`` raises.
+
+    Raises:
+        RecipeError: there is no text at all.
     """
     done, eod = 0, np.array([tokenizer.eod_id], np.int64)
     with IndexedWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
@@ -42,6 +46,8 @@ def write_tokens(
             done += size
             if progress is not None:
                 progress("tokenising", done, total_bytes)
+        if writer.documents == 0:
+            raise RecipeError(Problem("the corpus is empty: no file holds any text", fix="name files with text"))
     return Built(writer.documents, writer.tokens, done)
 
 

@@ -30,7 +30,7 @@ class Corpus(Protocol):
         """Every document that is not blank, in the shuffled order.
 
         Raises:
-            RecipeError: text that cannot be read, or none at all; names file and line.
+            RecipeError: text that cannot be read; names file and line.
         """
         ...
 
@@ -68,8 +68,6 @@ class TextFiles:
         for place in self._places():
             for column, value in zip(places, place, strict=True):
                 column.append(value)
-        if not places[0]:
-            self.refuse_empty()
         for number in shuffled(len(places[0]), "documents").tolist():
             file, offset, length = (column[number] for column in places)
             yield self._text(self.files[file], _read(self.files[file], offset, length), 0)
@@ -80,11 +78,6 @@ class TextFiles:
             for _, raw, line in _pieces(file):
                 if text := self._text(file, raw, line):
                     yield text
-
-    def refuse_empty(self) -> NoReturn:
-        """Raise the error for a corpus without a document."""
-        names = ", ".join(map(str, self.files))
-        raise RecipeError(Problem("the corpus is empty: no file holds any text", file=names, fix="name other files"))
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
         for number, file in enumerate(self.files):

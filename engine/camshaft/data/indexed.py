@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -168,21 +169,29 @@ class IndexedDataset:
             place += len(part)
         return np.frombuffer(b"".join(parts), self.dtype).astype(np.int64)
 
+    def pieces(self, limit_bytes: int = 64 << 20) -> Iterator[tuple[int, Ids]]:
+        """(place, tokens) of up to ``limit_bytes`` of tokens, spread evenly over the file from end to end."""
+        budget = max(64, limit_bytes // self.dtype.itemsize)
+        count = 1 if self.tokens <= budget else 64
+        piece = min(self.tokens, budget) // count
+        for number in range(count):
+            start = (self.tokens - piece) * number // max(1, count - 1)
+            for place in range(start, start + piece, _CHUNK):
+                yield place, self.read(place, min(place + _CHUNK, start + piece))
+
     def check_ids(self, vocab_size: int, limit_bytes: int = 64 << 20) -> None:
-        """Read up to ``limit_bytes``, spread evenly over the file, and look for ids outside the vocabulary.
+        """Look for ids outside the vocabulary in ``pieces(limit_bytes)``.
 
         Raises:
             RecipeError: naming the id and its place.
         """
-        budget = max(1, limit_bytes // self.dtype.itemsize)
-        pieces = 1 if self.tokens <= budget else 64
-        piece = -(-min(self.tokens, budget) // pieces)
-        for number in range(pieces):
-            last = self.tokens - piece
-            start = last * number // max(1, pieces - 1)
-            for place in range(start, start + piece, _CHUNK):
-                ids = self.read(place, min(place + _CHUNK, start + piece))
-                self.refuse_outside(ids, vocab_size, place)
+        for place, ids in self.pieces(limit_bytes):
+            self.refuse_outside(ids, vocab_size, place)
+
+    def id_range(self) -> tuple[int, int]:
+        """Lowest and highest id in ``pieces()``."""
+        ranges = [(int(ids.min()), int(ids.max())) for _, ids in self.pieces() if ids.size]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def refuse_outside(self, ids: Ids, vocab_size: int, place: int) -> None:
         """Raise RecipeError if one of ``ids``, which were read at token ``place``, is no id of the

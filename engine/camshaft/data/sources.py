@@ -27,7 +27,7 @@ DEFAULT_VOCABULARY = 4096
 _FORMAT = 1
 """Number of the layout and content of cache entries; a change makes old entries unreachable."""
 _TRAINING_BYTES = 256 << 20
-"""Text that a BPE is trained on at most; documents are shuffled, so the first ones are a fair sample."""
+"""Text that a BPE is trained on at most."""
 
 
 def has_tokenizer(resolved: Resolved) -> bool:
@@ -102,7 +102,7 @@ def tokenised(
         used = tokenizer
         if used is None:
             path = folder / "tokenizer.json"
-            path.write_text(train_bpe(_sample(corpus, progress), bpe_size))
+            path.write_text(train_bpe(training_sample(corpus, progress), bpe_size))
             used = FileTokenizer(path, bpe_size)
         write_tokens(corpus.documents(), used, folder / "tokens", total_bytes=corpus.size(), progress=progress)
 
@@ -110,7 +110,8 @@ def tokenised(
     return entry, tokenizer or FileTokenizer(entry / "tokenizer.json", bpe_size)
 
 
-def _sample(corpus: Corpus, progress: Progress | None) -> Iterator[str]:
+def training_sample(corpus: Corpus, progress: Progress | None) -> Iterator[str]:
+    """The first 256 MiB of a corpus's documents: they are shuffled, so these are a fair sample."""
     done, total = 0, min(corpus.size(), _TRAINING_BYTES)
     for number, text in enumerate(corpus.documents()):
         yield text
