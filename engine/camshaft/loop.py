@@ -119,6 +119,7 @@ class Trainer:
         if device.type == "cpu" or recipe.training.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        assert checked.mesh is not None and checked.batch is not None and checked.config is not None
         mesh = Mesh.connect(checked.mesh, environment.rank, device.type)
         batch = checked.batch
         self.data, self.directory = data, directory

@@ -1,0 +1,133 @@
+"""What every contestant of a benchmark shares: the recipe, the samples, the model's first values."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from camshaft.data.loader import Loader, Window
+from camshaft.distributed import Environment
+from camshaft.loop import Trainer, session
+from camshaft.models.init import materialize
+from camshaft.models.llama import Llama
+from camshaft.recipe import Resolved, check, load
+from camshaft.rundir import RunDirectory
+
+ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One size of model and batch."""
+
+    name: str
+    model: dict[str, object]
+    sequence_length: int
+    micro_batch_size: int
+    accumulation: int
+    compute: str
+    steps: int
+    """Steps in a block."""
+    blocks: int
+    """Blocks of each contestant."""
+
+
+def recipe_of(case: Case, world_size: int, folder: Path, bucket_size_mb: float = 25.0) -> Resolved:
+    """Write and load the recipe of a case. Rows are packed without masks, so every window has the same weight."""
+    tree = {
+        "schema_version": 1,
+        "name": case.name,
+        "model": case.model,
+        "tokenizer": {"type": "bpe", "vocab_size": 1024},
+        "data": {"train": "python-docs", "sequence_length": case.sequence_length, "document_mask": False},
+        "batch": {
+            "micro_batch_size": case.micro_batch_size,
+            "global_batch_size": case.micro_batch_size * case.accumulation * world_size,
+        },
+        "training": {"max_steps": 1_000_000, "log_every": 1_000_000},
+        "launch": {"device": "cpu", "threads_per_rank": 1},
+        "run": {"dir": str(folder / "run")},
+        "plugins": {
+            "ddp": {"bucket_size_mb": bucket_size_mb},
+            "adamw": ADAMW,
+            "clip": {"max_norm": MAX_NORM},
+            "precision": {"compute": case.compute},
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return load(path, world_size=world_size)
+
+
+@contextmanager
+def engine(resolved: Resolved, rank: int, world_size: int) -> Iterator[Trainer]:
+    """The engine, built and ready to step."""
+    environment = Environment(rank, rank, world_size, world_size, "torchrun" if world_size > 1 else "none")
+    with session(resolved, environment, RunDirectory(resolved.recipe.run.dir or "")) as trainer:
+        yield trainer
+
+
+def plain_model(resolved: Resolved) -> Llama:
+    """The same model with the same first values, without the engine."""
+    config = check(resolved, None).require().config
+    assert config is not None
+    with torch.device("meta"):
+        model = Llama(config)
+    materialize(model, seed=resolved.recipe.seed, device=torch.device("cpu"), dtype=torch.float32)
+    return model
+
+
+def plain_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    """Torch's fused AdamW over the groups that the recipe's plugin makes."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    decay = float(str(ADAMW["weight_decay"]))
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+
+def twin_loader(trainer: Trainer) -> Loader:
+    """Another loader of the same samples, for the contestant beside the engine."""
+    world = trainer.state.world
+    loader = Loader(
+        trainer.data.train,
+        world.batch,
+        index=world.mesh.shape.batch_index(world.rank),
+        degree=world.mesh.shape.batch_degree,
+        seed=world.recipe.seed,
+        stop=None,
+    )
+    loader.seek(0)
+    return loader
+
+
+def engine_steps(trainer: Trainer, count: int) -> float:
+    """Run ``count`` windows as the loop does; returns the last loss of this rank (its sum over its weight)."""
+    state = trainer.state
+    for _ in range(count):
+        state.window = state.loader.next()
+        trainer.stepper.run(False)
+        assert isinstance(state.window, Window)
+        trainer.meter.count(state.window.tokens)
+    assert state.loss is not None and state.window is not None
+    return float(state.loss) / state.window.weight
+
+
+def median_ratio(times: list[float], base: list[float]) -> float:
+    """Ratio of medians: above 1 is slower than ``base``."""
+    return statistics.median(times) / statistics.median(base)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
