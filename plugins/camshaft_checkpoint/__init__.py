@@ -1,9 +1,9 @@
 """Checkpoints that are never torn, load without executing anything, and continue bit for bit on any number of ranks.
 
-Each rank writes the pieces that torch.distributed.checkpoint's planner gives it into one safetensors file;
-``index.json`` says where each tensor lies, and ``manifest.json`` holds size and SHA-256 of every file. A checkpoint is written to
-``step_N.tmp``, forced to the disk, and renamed; so a folder called ``step_N`` was complete once. Before anything is
-loaded every byte is compared with the manifest, and a damaged checkpoint is named and skipped for the one before.
+Each rank writes the pieces that torch.distributed.checkpoint's planner gives it into one safetensors file.
+``index.json`` says where each tensor lies, and ``manifest.json`` holds size and SHA-256 of every file. A checkpoint is
+written to ``step_N.tmp``, forced to the disk, and renamed; so a folder called ``step_N`` was complete once. Before
+anything is loaded every byte is compared with the manifest; a damaged checkpoint is named, and the one before is used.
 
 Invariant: at any instant, killed anywhere, the newest intact checkpoint is the last one finished or the one before.
 Disk: ``keep_last + 1`` checkpoints at the peak. Memory: one tensor on the way from a GPU; with ``async`` also a copy on
@@ -113,7 +113,5 @@ class Plugin(camshaft.Plugin):
 
 
 def _at_end(state: State) -> bool:
-    """Whether training has reached what the recipe asks for, rather than being stopped."""
-    training = state.world.recipe.training
-    limits = ((training.max_steps, state.step), (training.max_tokens, state.consumed_tokens))
-    return any(limit is not None and done >= limit for limit, done in limits)
+    """Whether training has reached its last step, or the end of the data, rather than being stopped."""
+    return state.step >= state.world.total_steps or state.window is None

@@ -62,6 +62,9 @@ def _parts(choice: Choice) -> tuple[tuple[int, int, int], Mapping[str, Any]]:
         counters = document["state"]
         step, samples, tokens = (int(counters[key]) for key in ("step", "consumed_samples", "consumed_tokens"))
         components: Mapping[str, Any] = dict(document["components"])
+        optimizer = document["optimizer"]
+        if not all(isinstance(optimizer[key], dict) for key in ("tensors", "values")) or "class" not in optimizer:
+            raise ValueError("the optimizer's part is incomplete")
         if step != choice.manifest.step:
             raise ValueError(f"index is of step {step}, manifest of step {choice.manifest.step}")
     except (KeyError, TypeError, ValueError) as error:
