@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -25,8 +25,6 @@ from camshaft.state import Component, State, World
 from camshaft.step import Stepper
 
 if TYPE_CHECKING:
-    from camshaft.cli.launch.heartbeat import Heartbeat
-    from camshaft.cli.launch.watch import StopSignal
     from camshaft.data import Prepared
     from camshaft.distributed import Environment
     from camshaft.plugin import Plugin
@@ -35,6 +33,21 @@ if TYPE_CHECKING:
     from camshaft.rundir import RunDirectory
 
 Closing = Callable[[State, "Prepared"], None]
+
+
+class Heartbeat(Protocol):
+    """Where a rank shows how far it is."""
+
+    def beat(self, step: int, phase: str) -> None:
+        """Note step and phase; must cost next to nothing."""
+
+
+class StopSignal(Protocol):
+    """Whether this rank was asked to stop."""
+
+    @property
+    def requested(self) -> int:
+        """How often; 0 for never."""
 
 
 def run(

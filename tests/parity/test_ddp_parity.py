@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from parity_tools import Variant, assert_bit_equal, assert_within, change, compare, train
 
 from camshaft.data import prepare
+from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
+from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.reference import plain_run
+from camshaft.testing.run import record_ranks as train
 
 # fp64: the gate is 1e-12, the noise of sums in another order is about 1e-15. Weights after Adam steps divide by square
 # roots of tiny second moments; they stay under the same gate here. fp32: the issue's bounds for loss, norm and weights.
@@ -16,6 +18,28 @@ BOUNDS = {
 }
 ADAMW = {"adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
 SGD = {"sgd": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}}
+
+
+class Variant(Plugin):
+    """Owns ``build_model``: freezes, and adds a parameter that nothing uses."""
+
+    def __init__(self, frozen=(), unused=False):
+        super().__init__()
+        self.frozen, self.unused = frozen, unused
+
+    @hookimpl
+    def build_model(self, config):
+        model = Llama(config)
+        change(model, self.frozen, self.unused)
+        return model
+
+
+def change(model, frozen, unused):
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in frozen):
+            parameter.requires_grad_(False)
+    if unused:
+        model.unused = torch.nn.Parameter(torch.empty(7, 3, device="meta"))
 
 
 def groups(model, decay):
