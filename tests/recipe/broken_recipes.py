@@ -32,7 +32,6 @@ class Case:
     text: str | bytes
     expect: tuple[tuple[str, str, str], ...]
     overrides: tuple[str, ...] = ()
-    files: dict[str, str] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
@@ -183,8 +182,8 @@ YAML = [
     one("local tag", "name", "a tag", name="name: !env good  #!"),
     one("two documents", "", "more than one YAML document", text=recipe() + "---  #!\nname: x\n"),
     one("tab", "", "a tab where YAML allows only spaces", "indent with spaces", training="training:\n\tmax_steps: 5  #!"),
-    one("open bracket", "", "not valid YAML", "brackets", text=recipe() + "run: {root: x\n#!"),
-    one("open quote", "", "not valid YAML", extra='run: {root: "x}\n#!'),
+    one("open bracket", "", "not valid YAML", "brackets", text=recipe() + "run: {root: x  #!\n"),
+    one("open quote", "", "not valid YAML", extra='run: {root: "x}  #!'),
     one("no mapping", "", "not a mapping of keys to values", text="- 1  #!\n"),
     one("not UTF-8", "", "not UTF-8 text", "save the file as UTF-8", text=recipe().encode() + b"run: {root: '\xff'}  #!\n"),
     one("control character", "", "control character", text=recipe() + "run: {root: 'a\x00'}  #!\n"),
@@ -314,7 +313,7 @@ SECRETS = [
     override("override with a mapping", f"plugins.wandb={{api_key: {HIDDEN}}}", "plugins.wandb.api_key", "named like a secret"),
     override("override with a URL", f"run.root=https://me:{HIDDEN}@host", "run.root", "URL with user information"),
     override("malformed override with a secret", f"plugins.wandb.api_key:{HIDDEN}", "", "'...' is not a usable override"),
-    one("in a file with a syntax error", "", "not valid YAML", text=f"password: {HIDDEN}\nx: [\n#!"),
+    one("in a file with a syntax error", "", "not valid YAML", text=f"password: {HIDDEN}\nx: [  #!"),
 ]  # fmt: skip
 
 ENVIRONMENT = [
@@ -344,6 +343,7 @@ OVERRIDES = [
     override("unknown plugin set", "plugins.adamv.lr=1", "plugins.adamv", "Did you mean 'adamw'?"),
     override("unknown plugin off", "plugins.dpd=null", "plugins.dpd", "Did you mean 'ddp'?"),
     override("comment is no comment", "name=foo #bar", "name", "folder of the output root"),
+    override("bases by override", "extends=x.yaml", "extends", "chosen in the file"),
     override("too deep", ".".join("a" * 40) + "=1", "", "is not a usable override"),
     Case("list index", recipe(data="data:\n  train:\n    blend: [{prefix: a}]"),
          (("data.train.blend.1.weight", "a list of 1: it has no item '1'", "from 0 to 0"),),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from camshaft import Claim, Options, Plan, PlanContext, Plugin, Problem, hookimpl, host
+from camshaft import Claim, Options, Plan, PlanContext, Plugin, Problem, RecipeError, hookimpl, host
 
 
 class Inner(BaseModel):
@@ -54,7 +54,42 @@ class Needy(Plugin):
         return Plan(requires=("elementwise_magic",), problems=(fault,))
 
 
-PLUGINS = {"fancy": "Fancy", "other_layout": "OtherLayout", "needy": "Needy"}
+SEEN: list[str] = []
+
+
+class Watcher(Plugin):
+    """Notes the device that it is planned for."""
+
+    @hookimpl
+    def plan(self, context: PlanContext) -> Plan:
+        SEEN.append(context.device)
+        return Plan()
+
+
+class Faulty(Plugin):
+    """Has a bug."""
+
+    @hookimpl
+    def plan(self, context: PlanContext) -> Plan:
+        return Plan(requires=("x",) * (1 // 0))
+
+
+class Refusing(Plugin):
+    """Refuses by raising instead of returning problems."""
+
+    @hookimpl
+    def plan(self, context: PlanContext) -> Plan:
+        raise RecipeError(Problem("no", key="plugins.refusing"))
+
+
+PLUGINS = {
+    "fancy": "Fancy",
+    "other_layout": "OtherLayout",
+    "needy": "Needy",
+    "watcher": "Watcher",
+    "faulty": "Faulty",
+    "refusing": "Refusing",
+}
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, broken: str = "") -> None:

@@ -105,7 +105,7 @@ class _Run:
         from camshaft import data
         from camshaft.models.config import resolve
 
-        known = {"tokenizer", "data"} <= self.sound and hasattr(data, "check")  # TEMPORARY
+        known = {"tokenizer", "data"} <= self.sound
         # Without a tokenizer to believe in, any vocabulary that fits lets the rest of the model be checked.
         vocab_size = data.vocab_size(self.resolved) if known else self.recipe.model.vocab_size or 1
         config = resolve(self.recipe.model, vocab_size)
@@ -122,9 +122,6 @@ class _Run:
 
     def check_data(self) -> None:
         from camshaft import data
-
-        if not hasattr(data, "check"):
-            return  # TEMPORARY
 
         self.problems += data.check(self.resolved)
 

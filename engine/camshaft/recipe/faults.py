@@ -96,7 +96,8 @@ class _Translator:
             if any(len(error.keys) > len(keys) or error.kind not in wording.WRONG_KIND for error in found)
         }
         if inner:
-            return min(inner.values(), key=_distance)
+            level = self._key(keys).count(".") + 1
+            return min(inner.values(), key=lambda faults: _distance(faults, level))
         value = errors[0].value
         message, fix = wording.of_union([(error.kind, error.context) for error in errors], value)
         return [_Fault(Problem(message, key=self._key(keys), fix=fix), "value")]
@@ -147,9 +148,10 @@ def _parent(key: str) -> str:
     return key.rpartition(".")[0] or "the root of the recipe"
 
 
-def _distance(faults: list[_Fault]) -> tuple[int, int]:
-    """How far a branch of a union is from what was written."""
-    return sum(fault.kind == "unknown" for fault in faults), len(faults)
+def _distance(faults: list[_Fault], level: int) -> tuple[int, int]:
+    """How far a branch of a union is from what was written: first by its own keys, then by all that is below."""
+    own = [fault for fault in faults if fault.kind != "value" and fault.problem.key.count(".") == level]
+    return len(own), len(faults)
 
 
 def _fold(faults: list[_Fault]) -> list[_Fault]:

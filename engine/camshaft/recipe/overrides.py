@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from camshaft.errors import Problem, RecipeError
 from camshaft.recipe import scalars, secrets
+from camshaft.recipe.merge import KEY as EXTENDS
 from camshaft.recipe.nodes import Document, Node, Origin, join, show
 from camshaft.recipe.reader import MAX_DEPTH, parse
 
@@ -27,6 +28,10 @@ def apply(document: Document, overrides: Sequence[str]) -> None:
             document.problems.append(origin.place(Problem(message, fix=_HOW)))
             continue
         origin = Origin("override", f"override {number} ({key})")
+        if key.split(".")[0] == EXTENDS:
+            message = "bases are chosen in the file, not by an override"
+            document.problems.append(origin.place(Problem(message, key=key, fix="write a recipe that extends them")))
+            continue
         node = _value(document, key, value, origin)
         if node is not None:
             _set(document, key, node)

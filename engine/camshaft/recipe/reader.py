@@ -63,11 +63,17 @@ def parse(text: str, origin: Origin) -> Document:
     try:
         return _Builder(text, origin).build()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(_syntax(error.problem or "not YAML", mark.line if mark else 0, origin)) from None
+        raise RecipeError(_syntax(error.problem or "not YAML", _line(error), origin)) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         raise RecipeError(_syntax("a control character that YAML does not allow", line, origin)) from None
+
+
+def _line(error: yaml.MarkedYAMLError) -> int:
+    """Where to look: what is never closed is told at its start, all else where it was noticed."""
+    unclosed = "end of stream" in (error.problem or "") or "<stream end>" in (error.problem or "")
+    marks = (error.context_mark, error.problem_mark) if unclosed else (error.problem_mark, error.context_mark)
+    return next((int(mark.line) for mark in marks if mark), 0)
 
 
 def _syntax(problem: str, line: int, origin: Origin) -> Problem:

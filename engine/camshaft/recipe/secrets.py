@@ -19,12 +19,12 @@ _WORDS = frozenset(
 )  # fmt: skip
 _PARTS = ("secret", "password", "passwd", "passphrase", "credential", "apikey")
 _KEY_OWNERS = frozenset({"access", "account", "api", "auth", "encryption", "private", "secret", "signing", "ssh"})
-_TOKENS_OF_TEXT = frozenset({"bos", "cls", "eos", "mask", "pad", "per", "sep", "unk"})
+_TOKENS_OF_TEXT = frozenset({"bos", "cls", "eos", "mask", "max", "min", "pad", "per", "sep", "unk"})
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _URL_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]*@")
-_URL_QUERY = re.compile(r"://\S*[?&]([A-Za-z0-9_.-]+)=")
+_QUERY = re.compile(r"[?&]([A-Za-z0-9_.-]+)=")
 _SHAPES = re.compile(
-    r"\b(hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-[\w-]{20,}"
+    r"\b(hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-(?:proj-|ant-)?\w{32,}"
     r"|AKIA[0-9A-Z]{16}|xox[abpr]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.)|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 
@@ -47,7 +47,7 @@ def has_secret_shape(text: str) -> str:
     """Why ``text`` looks like a secret, or an empty string."""
     if _URL_USER.search(text):
         return "a URL with user information"
-    if any(is_secret_name(match.group(1)) for match in _URL_QUERY.finditer(text)):
+    if "://" in text and any(is_secret_name(name) for name in _QUERY.findall(text)):
         return "a URL with a secret in its query"
     return "a value in the form of a known kind of access key" if _SHAPES.search(text) else ""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
+
+_LONGEST = 80
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
@@ -12,17 +14,19 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     Few single-character edits come first, then the share of equal characters, so that both ``lrr`` and
     ``batch_size`` (for ``micro_batch_size``) find theirs.
     """
-    word = _fold(word)[:80]
-    best, score = None, 0.0
-    for name in names:
-        edits = distance(word, _fold(name))
-        ratio = SequenceMatcher(None, word, _fold(name)).ratio()
-        if edits > max(1, len(name) // 4) and ratio < 0.65:
-            continue
-        rank = ratio - edits
-        if best is None or rank > score:
-            best, score = name, rank
-    return best
+    word = _fold(word)[:_LONGEST]
+    folded = {_fold(name): name for name in names}
+    edits = {name: distance(word, name) for name in folded if abs(len(word) - len(name)) <= _limit(name)}
+    close = [name for name, count in edits.items() if count <= _limit(name)]
+    if close:
+        return folded[min(close, key=lambda name: (edits[name], -SequenceMatcher(None, word, name).ratio()))]
+    similar = get_close_matches(word, folded, n=1, cutoff=0.65)
+    return folded[similar[0]] if similar else None
+
+
+def _limit(name: str) -> int:
+    """Edits after which a word is no misspelling of ``name`` any more."""
+    return max(1, len(name) // 4)
 
 
 def distance(left: str, right: str) -> int:

@@ -140,11 +140,12 @@ class _Elsewhere:
         for name, model in others.items():
             if key in model.model_fields:
                 return join(name, key)
-        names = [field for model in others.values() for field in model.model_fields]
-        close = [name for name in names if distance(key, name) <= len(name) // 6]
-        return next(
-            (join(name, close[0]) for name, model in others.items() if close and close[0] in model.model_fields), None
-        )
+        for name, model in others.items():
+            for field in model.model_fields:
+                limit = len(field) // 6
+                if abs(len(field) - len(key)) <= limit and distance(key, field) <= limit:
+                    return join(name, field)
+        return None
 
 
 def _without_echoes(problems: list[Problem], document: Document) -> list[Problem]:
