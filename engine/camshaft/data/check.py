@@ -64,10 +64,6 @@ def _tokenizer(resolved: Resolved) -> list[Problem]:
         sources.given_tokenizer(resolved)
     except RecipeError as error:
         return [*found, *error.problems]
-    ids, rows = sources.vocab_size(resolved), model_vocabulary(resolved)
-    if ids is not None and rows is not None and ids > rows:
-        text = f"the model has {rows} rows of embedding, and the tokenizer has {ids} ids"
-        found.append(resolved.problem("model.vocab_size", text, f"set model.vocab_size={ids} or more"))
     return found
 
 
