@@ -81,7 +81,7 @@ def connect(environment: Environment, device_type: str, timeout_s: int) -> None:
 
 
 def _one_node_store(environment: Environment, timeout: timedelta) -> Store:
-    from torch.distributed.distributed_c10d import FileStore  # type: ignore[attr-defined]  # public, but not re-exported
+    from torch.distributed import FileStore  # type: ignore[attr-defined]  # public, but not marked as re-exported
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["NCCL_SOCKET_IFNAME"] = "=lo"

@@ -15,7 +15,7 @@ import typer
 
 from camshaft.cli.console import OverridesArgument, RecipeArgument, say, warn
 from camshaft.cli.launch import heartbeat
-from camshaft.environment import Environment, read_environment
+from camshaft.environment import read_environment
 from camshaft.errors import (
     CamshaftError,
     Interrupted,
@@ -24,7 +24,7 @@ from camshaft.errors import (
     OutOfMemory,
     RecipeError,
 )
-from camshaft.processes import alive
+from camshaft.processes import alive, myself
 from camshaft.recipe import check, load
 from camshaft.rundir import Choice, RunDirectory, choose, digest, utc_now
 
@@ -122,14 +122,18 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
         _begin(choice.directory, resolved, processes, line)
         threads = commands.threads_for(processes, launch.threads_per_rank)
         extensions = commands.extensions_folder(cache.folder(resolved.recipe.data.cache_dir, os.environ))
+        environ = commands.child_environment(
+            os.environ, launcher=launch.launcher, device=device, threads=threads, extensions=extensions
+        )
+        target = commands.target_of(str(resolved.path), changes, choice.directory.path)
         job = Job(
             launcher=launch.launcher,
             processes=processes,
-            target=commands.target_of(str(resolved.path), changes, choice.directory.path),
-            directory=choice.directory,
-            environment=commands.child_environment(
-                os.environ, launcher=launch.launcher, device=device, threads=threads, extensions=extensions
+            line=lambda folder: commands.command_line(
+                launch.launcher, processes, target, job=folder, port=commands.free_port(), environ=environ
             ),
+            directory=choice.directory,
+            environment=environ,
         )
         sys.stdout.flush()
         outcome = supervise(job, stop)
@@ -237,7 +241,7 @@ def _take_directory(resolved: Resolved, fresh: bool) -> Choice:
     choice = choose(recipe.run, recipe.name, digest(resolved.values()), fresh=fresh)
     limit = time.monotonic() + _EARLIER_S
     told = False
-    while left := [beat for beat in heartbeat.read(choice.directory.heartbeat) if alive(beat.process)]:
+    while left := _earlier_ranks(choice.directory):
         if time.monotonic() > limit:
             choice.lock.release()
             raise MachineError(
@@ -249,6 +253,11 @@ def _take_directory(resolved: Resolved, fresh: bool) -> Choice:
             told = True
         time.sleep(0.2)
     return choice
+
+
+def _earlier_ranks(directory: RunDirectory) -> list[heartbeat.Beat]:
+    own = myself()
+    return [beat for beat in heartbeat.read(directory.heartbeat) if beat.process != own and alive(beat.process)]
 
 
 def _begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: str) -> None:

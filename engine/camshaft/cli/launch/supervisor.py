@@ -8,11 +8,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from camshaft.cli.launch import commands, exits, heartbeat, rank, terminal
+from camshaft.cli.launch import exits, heartbeat, rank, terminal
 from camshaft.cli.launch.cause import Outcome, RankView, judge
 from camshaft.cli.launch.watch import POLL_S, StopSignal
 from camshaft.processes import alive, in_session, kernel_memory_kills, myself, send
@@ -31,11 +31,14 @@ _SOCKET_PATH_LIMIT = 80
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to start, and where it writes."""
+    """What to start, and where it writes.
+
+    ``line`` gives the launcher's command line for the job's private folder; ``environment`` is what it starts with.
+    """
 
     launcher: str
     processes: int
-    target: commands.Target
+    line: Callable[[Path], list[str]]
     directory: RunDirectory
     environment: Mapping[str, str]
 
@@ -80,14 +83,7 @@ class Supervisor:
 
     def _start(self, folder: Path) -> subprocess.Popen[bytes]:
         job = self._job
-        line = commands.command_line(
-            job.launcher,
-            job.processes,
-            job.target,
-            job=folder,
-            port=commands.free_port(),
-            environ=job.environment,
-        )
+        line = job.line(folder)
         own = {
             rank.JOB_VARIABLE: str(folder),
             rank.FRONT_VARIABLE: str(myself()),
@@ -155,7 +151,8 @@ class Supervisor:
         self._look()
         job = self._job
         views = [self._ranks[number] for number in sorted(self._ranks)]
-        if self._stop.requested and not any(view.step for view in views) and not all(view.record for view in views):
+        told = len(views) == job.processes and all(view.record for view in views)
+        if self._stop.requested and not told and not any(view.step for view in views):
             return Outcome(130, "stopped before the first step")
         kills = kernel_memory_kills() - self._memory_kills
         outcome = judge(views, job.processes, job.launcher, launcher_status, job.directory.logs, kills)
