@@ -146,6 +146,8 @@ class Client:
                 with self._changed:
                     self._records.appendleft(record)
                 raise
+            except (TypeError, ValueError):  # a plugin's value that is no number
+                self.dropped += 1
         worker.send({"finish": self._exit_code})
         try:
             done = worker.expect("done", lambda: self._close_by)

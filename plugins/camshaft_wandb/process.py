@@ -52,20 +52,25 @@ class Worker:
                 bufsize=0,
             )
         self._received = b""
-        self.send({**request, "parent": os.getpid()})
+        try:
+            self.send({**request, "parent": os.getpid()})
+        except BaseException:
+            self.dispose()
+            raise
 
     def send(self, message: dict[str, Any]) -> None:
         """Write one message. Blocks while the worker does not read; ``kill`` from another thread ends that.
 
         Raises:
             WorkerLost: the worker is gone.
+            TypeError: a value is no number, text, list or dict.
         """
         assert self._process.stdin is not None
         data = memoryview(json.dumps(message, default=float).encode() + b"\n")
         try:
             while data:
                 data = data[self._process.stdin.write(data) :]
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise WorkerLost(f"its process ended with status {self._process.poll()}") from error
 
     def expect(self, event: str, deadline: Callable[[], float]) -> dict[str, Any]:
