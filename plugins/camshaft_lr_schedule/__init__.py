@@ -22,6 +22,8 @@ class Options(camshaft.Options):
     type: Literal["cosine", "linear", "exponential", "wsd", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up; step n of them runs at n / warmup_steps of the peak, the first at 1 / warmup_steps."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The warm-up as a part of all steps, instead of `warmup_steps`."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Where the decay ends, as a part of the peak; above 0 for `exponential`."""
     decay_steps: Annotated[int, Field(ge=1)] | None = None
@@ -47,6 +49,12 @@ class Plugin(camshaft.Plugin):
                     f"a warm-up of {options.warmup_steps} steps does not end within the run's {steps} steps",
                     key=f"{key}.warmup_steps",
                     fix=f"set it below training.max_steps, for example {max(steps // 10, 1)}",
+                )
+            )
+        if options.warmup_ratio is not None and "warmup_steps" in options.model_fields_set:
+            problems.append(
+                camshaft.Problem(
+                    "warmup_ratio and warmup_steps are both given", key=f"{key}.warmup_ratio", fix="remove one of them"
                 )
             )
         if options.type == "exponential" and options.min_lr_ratio == 0:

@@ -12,19 +12,20 @@ if TYPE_CHECKING:
 def factor(options: Options, step: int, total: int) -> float:
     """Factor on the peak learning rate of step ``step`` (0 is the first) in a run of ``total`` steps.
 
-    The warm-up rises from 1/warmup_steps to 1; the decay starts at 1 in the step after it and reaches
+    The warm-up rises from 1/warm-up steps to 1; the decay starts at 1 in the step after it and reaches
     ``min_lr_ratio`` in the last step; afterwards it stays there.
     """
-    if step < options.warmup_steps:
-        return (step + 1) / options.warmup_steps
+    warmup = options.warmup_steps if options.warmup_ratio is None else round(options.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
     if options.type == "constant":
         return 1.0
     if options.type == "wsd":
         length = max(round(options.wsd_decay_ratio * total), 1)
         done = step - (total - length) + 1  # the first step of the decay is already below the peak
         return _blend(1.0 - min(max(done, 0) / length, 1.0), options.min_lr_ratio)
-    length = options.decay_steps or total - options.warmup_steps
-    progress = min((step - options.warmup_steps) / max(length - 1, 1), 1.0)
+    length = options.decay_steps or total - warmup
+    progress = min((step - warmup) / max(length - 1, 1), 1.0)
     if options.type == "exponential":
         return float(options.min_lr_ratio**progress)
     if options.type == "cosine":

@@ -48,6 +48,11 @@ def test_after_its_decay_a_schedule_stays_at_its_floor():
     assert values[19] == pytest.approx(0.3) and set(values[19:]) == {values[19]}
 
 
+def test_a_warmup_may_be_a_part_of_the_run():
+    assert curve(40, type="cosine", warmup_ratio=0.25) == curve(40, type="cosine", warmup_steps=10)
+    assert factor(Options(warmup_ratio=0.15), 0, 2) > 0
+
+
 def test_a_run_of_one_step_has_a_rate():
     for kind in ("cosine", "linear", "exponential", "wsd", "constant"):
         assert 0 < factor(Options(type=kind), 0, 1) <= 1
@@ -70,6 +75,7 @@ def test_options_that_do_nothing_or_cannot_work_are_refused():
     assert problems(10, warmup_steps=10)[0].key == "plugins.lr_schedule.warmup_steps"
     assert problems(10, type="exponential", min_lr_ratio=0.0)[0].key == "plugins.lr_schedule.min_lr_ratio"
     assert problems(10, type="cosine", wsd_decay_ratio=0.5)[0].key == "plugins.lr_schedule.wsd_decay_ratio"
+    assert problems(10, warmup_steps=1, warmup_ratio=0.1)[0].key == "plugins.lr_schedule.warmup_ratio"
     assert problems(10, type="wsd", decay_steps=5)[0].key == "plugins.lr_schedule.decay_steps"
     assert [p.key.rsplit(".", 1)[1] for p in problems(10, type="constant", min_lr_ratio=0.5, decay_steps=3)] == [
         "decay_steps",
