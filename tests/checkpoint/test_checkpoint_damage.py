@@ -210,6 +210,13 @@ def test_ranks_agree_whoever_finds_the_damage(damaged: Path, name: str) -> None:
 
 
 HUGE = 1 << 62
+
+
+def entry(shape: Any, begin: Any, end: Any, dtype: Any = "U8", **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end], **more}
+
+
+TWELVE = json.dumps(entry([12], 0, 12))
 HEADERS: dict[str, Any] = {
     "longer than the file": (1 << 63).to_bytes(8, "little"),
     "above the limit": (tensorfile.MAX_HEADER + 1).to_bytes(8, "little"),
@@ -218,21 +225,21 @@ HEADERS: dict[str, Any] = {
     "not UTF-8": b"\xff\xfe\xfd",
     "a list": [],
     "deep": b"[" * 100_000,
-    "hole": {"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, "b": {"dtype": "U8", "shape": [4], "data_offsets": [8, 12]}},
-    "overlap": {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}, "b": {"dtype": "U8", "shape": [8], "data_offsets": [4, 12]}},
-    "past the end": {"a": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}},
-    "before the end": {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}},
-    "backwards": {"a": {"dtype": "U8", "shape": [0], "data_offsets": [12, 0]}},
-    "huge shape": {"a": {"dtype": "F64", "shape": [HUGE, HUGE, HUGE], "data_offsets": [0, 12]}},
-    "negative": {"a": {"dtype": "U8", "shape": [-12, -1], "data_offsets": [0, 12]}},
-    "floats": {"a": {"dtype": "U8", "shape": [12.0], "data_offsets": [0, 12]}},
-    "booleans": {"a": {"dtype": "U8", "shape": [True], "data_offsets": [0, True]}},
-    "unknown dtype": {"a": {"dtype": "OBJECT", "shape": [12], "data_offsets": [0, 12]}},
-    "dtype no name": {"a": {"dtype": ["U8"], "shape": [12], "data_offsets": [0, 12]}},
-    "extra field": {"a": {"dtype": "U8", "shape": [12], "data_offsets": [0, 12], "code": "x"}},
+    "hole": {"a": entry([4], 0, 4), "b": entry([4], 8, 12)},
+    "overlap": {"a": entry([8], 0, 8), "b": entry([8], 4, 12)},
+    "past the end": {"a": entry([64], 0, 64)},
+    "before the end": {"a": entry([8], 0, 8)},
+    "backwards": {"a": entry([0], 12, 0)},
+    "huge shape": {"a": entry([HUGE, HUGE, HUGE], 0, 12, "F64")},
+    "negative": {"a": entry([-12, -1], 0, 12)},
+    "floats": {"a": entry([12.0], 0, 12)},
+    "booleans": {"a": entry([True], 0, True)},
+    "unknown dtype": {"a": entry([12], 0, 12, "OBJECT")},
+    "dtype no name": {"a": entry([12], 0, 12, ["U8"])},
+    "extra field": {"a": entry([12], 0, 12, code="x")},
     "entry no object": {"a": 5},
-    "twice": b'{"a":{"dtype":"U8","shape":[12],"data_offsets":[0,12]},"a":{"dtype":"U8","shape":[12],"data_offsets":[0,12]}}',
-}  # fmt: skip
+    "twice": f'{{"a": {TWELVE}, "a": {TWELVE}}}'.encode(),
+}
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -374,7 +381,8 @@ def test_looking_at_checkpoints_needs_no_torch(damaged: Path) -> None:
         "import sys; sys.modules['torch'] = None\n"
         "import camshaft_checkpoint as c\n"
         f"found = c.inspect({str(damaged / 'checkpoints')!r})\n"
-        "print(found['step'], found['world_size'], found['tensors']['model.up.weight']['shape'], found['state']['step'])\n"
+        "shape = found['tensors']['model.up.weight']['shape']\n"
+        "print(found['step'], found['world_size'], shape, found['state']['step'])\n"
         f"print(c.verify({str(folder(damaged, 1))!r}), len(c.verify({str(folder(damaged, 2))!r})))\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -128,7 +128,7 @@ def test_extra_state_of_a_module_is_refused(tmp_path: Path) -> None:
         def get_extra_state(self) -> Any:
             return {"any": "object"}
 
-    with pytest.raises(CheckpointError, match="_extra_state.*only tensors"):
+    with pytest.raises(CheckpointError, match=r"_extra_state.*only tensors"):
         Run(tmp_path, model=Odd(2, 2)).train(1)
 
 
