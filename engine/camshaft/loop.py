@@ -60,7 +60,7 @@ def run(
 ) -> int:
     """Train one rank to the end of the recipe and return 0.
 
-    ``closing`` is called on rank 0 after the last step, while the model still exists.
+    ``closing`` is called on rank 0 at the end, after every plugin has closed; the model still exists.
 
     Raises:
         Interrupted: asked to stop, and stopped after a checkpoint.
@@ -69,8 +69,8 @@ def run(
     """
     with out_of_memory(), session(resolved, environment, directory) as trainer:
         trainer.train(heartbeat, stop)
-        if closing is not None and trainer.state.world.is_main:
-            closing(trainer.state, trainer.data)
+    if closing is not None and trainer.state.world.is_main:
+        closing(trainer.state, trainer.data)
     return 0
 
 

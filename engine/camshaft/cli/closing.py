@@ -40,7 +40,7 @@ def text_sample(state: State, data: Prepared) -> str:
     from camshaft.models.sample import generate
 
     generator = torch.Generator(device="cpu").manual_seed(state.world.recipe.seed)
-    prompt = data.tokenizer.encode_batch(["The "])[0]
+    prompt = [int(token) for token in data.tokenizer.encode_batch(["The "])[0]]
     state.model.eval()
     ids = generate(state.model, prompt, SAMPLE_TOKENS, temperature=0.8, top_k=40, generator=generator)
     state.model.train()
