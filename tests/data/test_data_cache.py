@@ -148,6 +148,16 @@ def test_where_the_cache_is(setting, environ, expected):
     assert str(cache.folder(setting, environ)) == expected
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(MachineError, match=r"Set data\.cache_dir"):
+        cache.folder(None, {})
+    assert str(cache.folder("/c", {})) == "/c"
+
+
 def test_digests_are_remembered_until_the_file_changes(tmp_path, monkeypatch):
     file, root = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("one")

@@ -377,6 +377,40 @@ def test_a_damaged_cache_entry_is_built_again(write, text, tmp_path):
     assert IndexedDataset(binary.with_suffix("")).tokens == len(after.train.stream) + len(after.validation.stream)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_real_data_reach_every_layout_in_the_same_order(write, text, tmp_path, pack):
+    """Packed text, and a blend of two sets of uneven size, through loaders of 1, 2 and 4 ranks."""
+    from camshaft.data.loader import Loader
+    from camshaft.state import BatchPlan
+
+    parts = [indexed(tmp_path, name, [[value] * 50 for _ in range(20 * value)]) for name, value in (("a", 1), ("b", 2))]
+    sources = (text, {"type": "byte"}), ({"blend": [{**parts[0], "weight": 2.5}, parts[1]]}, {"type": "byte"})
+    for source, tokenizer in sources:
+        dataset = data.prepare(write(source, tokenizer=tokenizer, data={"pack": pack})).train
+        stop = 2 * len(dataset) + 3
+        seen = []
+        for degree in (1, 2, 4):
+            plan = BatchPlan(2, 16, 8 // degree)
+            loaders = [Loader(dataset, plan, index=index, degree=degree, seed=4, stop=stop) for index in range(degree)]
+            rows, samples = [], 0
+            while (windows := [loader.next() for loader in loaders])[0] is not None:
+                micro = [window.batches[m] for m in range(plan.accumulation) for window in windows]
+                samples += windows[0].samples
+                short = windows[0].samples % 16 or 16
+                rows += np.concatenate([np.stack([b.tokens, b.labels], 1) for b in micro])[:short].tolist()
+            for loader in loaders:
+                loader.close()
+            assert samples == len(rows) == stop
+            seen.append(rows)
+        assert seen[0] == seen[1] == seen[2]
+        if pack and source is text:
+            first = np.array(seen[0][: len(dataset)])
+            tokens = len(dataset.stream)
+            assert np.count_nonzero(first[:, 1] >= 0) == tokens - dataset.stream.documents
+            padding = len(dataset) * 32 - tokens
+            assert np.bincount(first[:, 0].ravel())[256] == dataset.stream.documents + padding
+
+
 def test_everything_but_the_loader_is_free_of_torch():
     code = (
         "import sys, camshaft.data, camshaft.data.check, camshaft.data.blend, camshaft.data.prepare, camshaft.cli.data;"

@@ -25,11 +25,20 @@ _HASHED_ON_USE = (".idx", ".json")
 
 
 def folder(setting: str | None, environ: Mapping[str, str]) -> Path:
-    """The cache folder: the recipe's ``data.cache_dir``, else ``camshaft`` in the user's cache folder."""
+    """The cache folder: the recipe's ``data.cache_dir``, else ``camshaft`` in the user's cache folder.
+
+    Raises:
+        MachineError: neither is set and the user has no home folder (a container with a user id of no account).
+    """
     if setting:
-        return Path(setting).expanduser()
+        return Path(setting)
     base = environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "camshaft"
+    if Path(base).is_absolute():
+        return Path(base) / "camshaft"
+    try:
+        return Path.home() / ".cache" / "camshaft"
+    except RuntimeError as error:
+        raise MachineError("the user has no home folder to keep a cache in. Set data.cache_dir.") from error
 
 
 def fetch(root: Path, key: str, build: Callable[[Path], None]) -> Path:

@@ -17,6 +17,8 @@ from camshaft.recipe.schema import BlendPart, IndexedData, TextData
 if TYPE_CHECKING:
     from camshaft.recipe import Resolved
 
+_SCAN_BYTES = 64 << 20
+"""Tokens of one blend that are compared with the vocabulary; the loader compares all that it reads."""
 _LOOK_BYTES = 16 << 20
 """Text that is read of each file to find faults early; the rest is checked when it is tokenised."""
 
@@ -33,7 +35,7 @@ def check(resolved: Resolved) -> list[Problem]:
         if isinstance(source, IndexedData):
             found += _weights(resolved, key, source.blend)
             for number, part in enumerate(source.blend):
-                found += _indexed(resolved, f"{key}.blend.{number}.prefix", part)
+                found += _indexed(resolved, f"{key}.blend.{number}.prefix", part, _SCAN_BYTES // len(source.blend))
         elif isinstance(source, TextData):
             found += _text(resolved, key, source)
     if data.validation is not None and "validation_fraction" in (resolved.tree.get("data") or {}):
@@ -81,12 +83,12 @@ def _weights(resolved: Resolved, key: str, blend: Sequence[BlendPart]) -> list[P
     return []
 
 
-def _indexed(resolved: Resolved, key: str, part: BlendPart) -> list[Problem]:
+def _indexed(resolved: Resolved, key: str, part: BlendPart, scan_bytes: int) -> list[Problem]:
     try:
         data = IndexedDataset(sources.locate(resolved, part.prefix))
         rows = model_vocabulary(resolved)
         if rows is not None:
-            data.check_ids(rows)
+            data.check_ids(rows, scan_bytes)
     except RecipeError as error:
         return [sources.at(resolved, key, problem) for problem in error.problems]
     return _short(resolved, key, data.tokens + data.documents)

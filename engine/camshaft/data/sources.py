@@ -76,8 +76,11 @@ def corpus_of(resolved: Resolved, source: Kind | TextData, root: Path) -> Corpus
 
 
 def locate(resolved: Resolved, path: str) -> Path:
-    """A path of the recipe; relative ones start at the recipe's folder."""
-    return resolved.base_dir / Path(path).expanduser()
+    """A path of the recipe; relative ones start at the recipe's folder, ``~`` at the user's."""
+    try:
+        return resolved.base_dir / Path(path).expanduser()
+    except RuntimeError:  # no such user, or one without a home
+        return resolved.base_dir / path
 
 
 def cache_folder(resolved: Resolved) -> Path:

@@ -13,6 +13,7 @@ from camshaft.data.indexed import IndexedDataset
 from camshaft.data.samples import Ids
 
 _PROBES = 1024
+_BLOCK = 32
 
 
 class TokenStream:
@@ -55,9 +56,15 @@ class TokenStream:
         if high <= low:
             return np.empty(0, np.int64)
         begin = bisect_right(range(self.documents), low - 1, key=self.start)
-        end = bisect_right(range(self.documents), high - 1, lo=begin, key=self.start)
-        found = self.data.starts(self.first + begin, self.first + end) - self._origin
-        return found + np.arange(begin, end) if self.append else found
+        count = _BLOCK
+        while True:  # one read of a block is cheaper than a second search, and mostly enough
+            end = min(begin + count, self.documents)
+            found = self.data.starts(self.first + begin, self.first + end) - self._origin
+            if self.append:
+                found += np.arange(begin, end)
+            if end == self.documents or found[-1] >= high:
+                return found[: int(np.searchsorted(found, high))]
+            count *= 8
 
     def read(self, low: int, high: int) -> Ids:
         """Tokens at places ``low`` to ``high`` - 1.
