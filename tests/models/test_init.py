@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import math
-import time
 import tracemalloc
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from model_reference import LLAMA3, odd
@@ -107,7 +108,7 @@ def test_values_are_normal():
 def test_values_stay_what_they_were():
     """A change here changes every new run: it must be meant."""
     got = values("model.embed_tokens.weight", Initial(std=1.0), seed=0, start=BLOCK - 2, stop=BLOCK + 2)
-    assert got.tolist() == pytest.approx([0.74083626, -0.092640646, 0.11803151, -0.7593261], rel=1e-6)
+    assert got.tolist() == pytest.approx([0.10844841, 0.72746617, 0.11803151, -0.7593261], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -236,15 +237,32 @@ def test_a_large_parameter_needs_one_block_besides_itself():
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert BLOCK * 4 < peak < 3 * BLOCK * 4
+    assert BLOCK * 4 < peak < 3 * BLOCK * 4 + 10_000
 
 
-def test_a_column_shard_makes_each_block_once():
-    """A row of 8 of 4096 columns at a time, 16 rows a block: naively every block would be made 16 times."""
-    shard = torch.empty(1024, 8)
-    start = time.process_time()
-    fill(torch.empty(1024, 4096), "a.weight", STD, seed=0)
-    plain = time.process_time() - start
-    start = time.process_time()
-    fill(shard, "a.weight", STD, seed=0, shape=(1024, 4096), offset=(0, 2000))
-    assert time.process_time() - start < 4 * plain
+def test_a_column_shard_makes_each_block_once(monkeypatch):
+    """4 rows lie in a block: made row by row, every block would be made 4 times."""
+    made, genuine = [], np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda **place: made.append(place["counter"]) or genuine(**place))
+    fill(torch.empty(1024, 8), "a.weight", STD, seed=0, shape=(1024, BLOCK // 4), offset=(0, 2000))
+    assert len(made) == len(set(made)) == 256
+
+
+def test_weak_references_that_would_be_lost_are_refused_by_name():
+    model = on_meta(odd())
+    reference = weakref.ref(model.model.norm.weight)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*weakref"):
+        materialize(model, seed=0, device="cpu", dtype=torch.float32)
+    assert reference() is not None
+
+
+def test_several_threads_make_the_same_values():
+    config, threads = odd(tie_word_embeddings=True), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = state(config)
+        torch.set_num_threads(3)
+        three = state(config)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one[name], three[name]) for name in one)

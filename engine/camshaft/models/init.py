@@ -1,6 +1,6 @@
 """First values of parameters: a function of (seed, name, place in the tensor), and of nothing else.
 
-A parameter is flattened and cut into blocks of 65,536 values. The stream of a block is Philox (Salmon et al. 2011)
+A parameter is flattened and cut into blocks of 16,384 values. The stream of a block is Philox (Salmon et al. 2011)
 with a 128-bit BLAKE2b hash of (seed, name) as its key and the block's number in its counter, so that any slice is made
 without the rest, on any rank, in any order and for any layout. Values are drawn as fp32 on the CPU and then cast: an
 fp64 and a bf16 model start from the same numbers. NumPy's generator is used because torch's takes only 32 bits of a
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from math import prod
 from typing import Any
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from camshaft.models.roles import Initial, Owned, initial_values, owned_parameters
 
-BLOCK = 65_536
+BLOCK = 16_384
+"""Values of a block. Below the size from which torch spreads a copy over threads, which costs more than it saves."""
 
 
 class _Stream:
@@ -120,26 +122,37 @@ def materialize(model: nn.Module, *, seed: int, device: torch.device | str, dtyp
 
     Parameters stay the same Python objects: ties, ``requires_grad``, attributes and references that plugins hold
     remain. Modules with buffers compute them in their ``reset_buffers(device)``; buffers that are not on meta are
-    moved.
+    moved. Works on ``torch.get_num_threads()`` parameters at a time; each needs one block besides itself.
 
     Raises:
-        ValueError: a parameter carries hooks from before it had storage, or a meta buffer has nobody to compute it.
+        ValueError: a parameter carries hooks or weak references from before it had storage, or a meta buffer has nobody
+            to compute it.
     """
     device = torch.device(device)
-    for owned in list(owned_parameters(model)):
-        _materialize_parameter(owned, seed, device, dtype)
+    owned = list(owned_parameters(model))
+    for parameter in owned:
+        _refuse_hooks(parameter)
+    # Storage is taken here, because the current GPU belongs to a thread; drawing numbers releases the GIL.
+    targets = [torch.empty(each.parameter.shape, dtype=dtype, device=device) for each in owned]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda each, target: fill(target, each.name, initial_values(each), seed=seed), owned, targets))
+    for each, target in zip(owned, targets, strict=True):
+        _adopt(each, target)
     for prefix, module in model.named_modules():
         _materialize_buffers(prefix, module, device)
 
 
-def _materialize_parameter(owned: Owned, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_hooks(owned: Owned) -> None:
     parameter = owned.parameter
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         raise ValueError(
             f"parameter '{owned.name}' has hooks but no storage yet: they would be lost. Register them in `bind`."
         )
-    target = torch.empty(parameter.shape, dtype=dtype, device=device)
-    fill(target, owned.name, initial_values(owned), seed=seed)
+
+
+def _adopt(owned: Owned, target: Tensor) -> None:
+    """Put ``target`` into the parameter, which stays the same object."""
+    parameter = owned.parameter
     fresh = nn.Parameter(target, requires_grad=parameter.requires_grad)
     fresh.__dict__.update(parameter.__dict__)
     try:
