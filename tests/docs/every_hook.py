@@ -59,8 +59,8 @@ class Plugin(camshaft.Plugin):
         materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.param)
 
     @hookimpl
-    def schedule(self, world):
-        return accumulate(world.batch.accumulation)
+    def schedule(self, microbatches):
+        return accumulate(microbatches)
 
     @hookimpl
     def handlers(self):

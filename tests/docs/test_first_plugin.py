@@ -78,11 +78,12 @@ def test_a_misspelt_option_is_found_with_a_suggestion(tutorial: Tutorial) -> Non
 @pytest.mark.parametrize("processes", [1, 2])
 def test_three_steps_train_and_every_matrix_keeps_the_bound(tutorial: Tutorial, processes: int) -> None:
     run = tutorial.folder / f"run-{processes}"
-    tutorial.camshaft(
-        "train", "weight-clip/clipped.yaml", "training.max_steps=3", "plugins.adamw.lr=0.05",
-        "plugins.lr_schedule=null", "plugins.wandb=null", f"launch.processes={processes}", f"run.dir={run}",
-        "data.cache_dir=" + str(tutorial.folder / "cache"), timeout_s=150,
-    )  # fmt: skip
+    overrides = [
+        f"run.dir={run}", f"data.cache_dir={tutorial.folder / 'cache'}", f"launch.processes={processes}",
+        "training.max_steps=3", "training.eval_every=null", "data.sequence_length=32",
+        "plugins.adamw.lr=0.05", "plugins.lr_schedule=null", "plugins.wandb=null",
+    ]  # fmt: skip
+    tutorial.camshaft("train", "weight-clip/clipped.yaml", *overrides, timeout_s=150)
     largest = largest_entries(run)
     matrices = {name: value for name, value in largest.items() if name.endswith("proj.weight")}
     assert len(matrices) == 4 * 7
@@ -92,13 +93,13 @@ def test_three_steps_train_and_every_matrix_keeps_the_bound(tutorial: Tutorial, 
 
 
 def largest_entries(run: Path) -> dict[str, float]:
-    """Largest absolute value of each tensor of the model in the run's last checkpoint."""
+    """Largest absolute value of each parameter in the run's last checkpoint."""
     from safetensors.numpy import load_file
 
     found: dict[str, float] = {}
-    for path in sorted(run.glob("checkpoints/step_*3/**/*.safetensors")):
-        for name, value in load_file(path).items():
-            if name.endswith(".weight") and "exp_avg" not in name:
+    for path in sorted((run / "checkpoints" / "step_00000003").glob("*.safetensors")):
+        for piece, value in load_file(path).items():
+            name = piece.partition("@")[0]
+            if name.startswith("model."):
                 found[name] = max(found.get(name, 0.0), float(abs(value).max()))
-    assert found, "the run has written no checkpoint"
     return found

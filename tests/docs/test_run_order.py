@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_a_run_calls_every_hook_in_the_documented_order(calls: list[str]) -> Non
 def test_a_step_with_two_microbatches_calls_its_hooks_in_the_documented_order(calls: list[str]) -> None:
     forward, backward, *rest = (stage.hooks for stage in STEP)
     window = [*forward, *backward, *forward, *backward, *(name for hooks in rest for name in hooks)]
-    last = len(calls) - calls[::-1].index("post_step")
-    assert calls[last - len(window) : last] == window
-    assert calls.count("post_step") == 2  # steps 3 and 4; the first two belong to the earlier run
+    merged = [name for name, _ in groupby(calls)]  # two plugins in one hook count once
+    last = len(merged) - merged[::-1].index("post_step")
+    assert merged[last - len(window) : last] == window
+    assert merged.count("post_step") == 2  # steps 3 and 4; the first two belong to the earlier run
