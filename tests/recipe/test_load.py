@@ -12,6 +12,7 @@ import recipe_plugins
 from broken_recipes import recipe
 from pydantic import ValidationError
 
+from camshaft import host
 from camshaft.errors import RecipeError
 from camshaft.recipe import load
 
@@ -221,6 +222,14 @@ class TestDump:
         assert again.recipe == resolved.recipe
         assert again.values() == resolved.values()
         assert list(again.recipe.plugins) == list(resolved.recipe.plugins)
+
+    def test_every_plugin_reads_back(self, tmp_path: Path) -> None:
+        needed = {"adamw": "{lr: 1}", "wandb": "{project: p}", "sgd": "{lr: 1}"}
+        sections = "".join(f"\n  {name}: {needed.get(name, '{}')}" for name in host.installed())
+        resolved = load(write(tmp_path, "all.yaml", recipe(plugins=f"plugins:{sections}")))
+        again = load(write(tmp_path, "resolved.yaml", resolved.dump()))
+        assert again.recipe == resolved.recipe
+        assert list(again.recipe.plugins) == list(host.installed())
 
     @pytest.mark.parametrize(
         "text",

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from camshaft import host
 from camshaft.errors import RecipeError
 from camshaft.recipe import load
+from camshaft.recipe.faults import keys_of
 from camshaft.recipe.schema import BlendPart, IndexedData, Recipe, Section, TextData
 from camshaft.recipe.suggest import distance, nearest
 
@@ -64,8 +65,8 @@ def _sections(**changed: str) -> str:
 @pytest.mark.parametrize(("name", "model", "text"), [pytest.param(*place, id=place[0]) for place in places()])
 def test_typos(name: str, model: type[BaseModel], text: str, tmp_path: Path) -> None:
     right, wrong = 0, []
-    for key in model.model_fields:
-        words = sorted(typos(key) - set(model.model_fields))
+    for key in keys_of(model):
+        words = sorted(typos(key) - set(keys_of(model)))
         separator = "\n" if name == "root" else ", "
         path = tmp_path / "recipe.yaml"
         path.write_text(text.format(typos=separator.join(f"{word}: null" for word in words)))
@@ -87,8 +88,8 @@ def test_typos(name: str, model: type[BaseModel], text: str, tmp_path: Path) -> 
 
 def test_no_key_is_a_typo_of_another() -> None:
     for name, model, _ in places():
-        for key in model.model_fields:
-            close = [other for other in model.model_fields if other != key and distance(key, other) <= 1]
+        for key in keys_of(model):
+            close = [other for other in keys_of(model) if other != key and distance(key, other) <= 1]
             assert close == [], f"{name}: '{key}' and {close} are one typo apart"
 
 

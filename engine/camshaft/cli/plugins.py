@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -34,8 +35,6 @@ def _about(name: str) -> str:
         loaded = host.plugin_class(name)
     except PluginError as error:
         return f"cannot be loaded: {error}"
-    import sys
-
-    module = sys.modules[loaded.__module__]
-    text = (loaded.__doc__ if "__doc__" in vars(loaded) and loaded.__doc__ else module.__doc__) or ""
+    module = sys.modules[host.installed()[name].module]
+    text = module.__doc__ or vars(loaded).get("__doc__") or ""
     return text.strip().partition("\n")[0]

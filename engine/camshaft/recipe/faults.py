@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from camshaft.errors import Problem
 from camshaft.recipe import wording
@@ -122,7 +123,7 @@ class _Translator:
         section = self._key(error.keys[:-1])
         models = list(models_at(self.model, error.keys[:-1]))
         models = [model for model in models if model.__name__ == branch] or models
-        names = [field for model in models for field in model.model_fields]
+        names = [key for model in models for key in keys_of(model)]
         meant = nearest(name, names)
         home = self.elsewhere(name, section)
         message = f"unknown key '{show_key(name)}'"
@@ -160,6 +161,11 @@ def _fold(faults: list[_Fault]) -> list[_Fault]:
     return [fault for fault in faults if not (fault.kind == "missing" and fault.problem.key in meant)]
 
 
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields of a model under the keys that a recipe uses: an alias (``async``, no Python name) goes first."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def models_at(model: type[BaseModel], keys: Iterable[str]) -> list[type[BaseModel]]:
     """Every model that can stand at ``keys`` below ``model``, through unions, lists and mappings."""
     types: list[Any] = [model]
@@ -170,7 +176,7 @@ def models_at(model: type[BaseModel], keys: Iterable[str]) -> list[type[BaseMode
 
 def _below(kind: Any, key: str) -> list[Any]:
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        field = kind.model_fields.get(key)
+        field = keys_of(kind).get(key)
         return [] if field is None else _branches(field.annotation)
     arguments = typing.get_args(kind)
     return _branches(arguments[-1]) if arguments else []

@@ -46,7 +46,8 @@ class Resolved:
     def values(self) -> dict[str, Any]:
         """Every value of the recipe, defaults included, as plain nested data in the schema's order."""
         values = self.recipe.model_dump(mode="json", exclude={PLUGINS})
-        values[PLUGINS] = {name: options.model_dump(mode="json") for name, options in self.recipe.plugins.items()}
+        sections = self.recipe.plugins.items()
+        values[PLUGINS] = {name: options.model_dump(mode="json", by_alias=True) for name, options in sections}
         return values
 
     def dump(self) -> str:

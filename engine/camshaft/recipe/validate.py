@@ -138,10 +138,10 @@ class _Elsewhere:
             return join(PLUGINS, key)
         others = {name: model for name, model in self.sections.items() if name != section}
         for name, model in others.items():
-            if key in model.model_fields:
+            if key in faults.keys_of(model):
                 return join(name, key)
         for name, model in others.items():
-            for field in model.model_fields:
+            for field in faults.keys_of(model):
                 limit = len(field) // 6
                 if abs(len(field) - len(key)) <= limit and distance(key, field) <= limit:
                     return join(name, field)
