@@ -73,10 +73,12 @@ def connect(environment: Environment, device_type: str, timeout_s: int) -> None:
             rank=environment.rank,
             store=_one_node_store(environment, timeout) if method is None else None,
         )
-    except dist.DistError as error:
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        late = "timeout" in text.lower() or "timed out" in text.lower()
         raise MachineError(
-            f"rank {environment.rank} of {environment.world_size} could not meet the other ranks within "
-            f"{timeout.seconds} s: {str(error).splitlines()[0]}. Did a rank fail to start? See its log"
+            f"rank {environment.rank} of {environment.world_size} could not meet the other ranks"
+            f"{f' within {timeout.seconds} s' if late else ''}: {text}. Did a rank fail to start? See its log"
         ) from error
 
 

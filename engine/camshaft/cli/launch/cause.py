@@ -12,7 +12,9 @@ from camshaft.errors import OutOfMemory
 from camshaft.processes import Process
 
 _KNOWN = frozenset({2, 3, 4, 5, 130})
-_ORDER = {"error": 0, "forced": 1, "orphan": 2, "connection": 3, "end": 4}
+_ORDER = {"error": 0, "forced": 1, "orphan": 2, "connection": 3}
+"""Kinds of record that tell of a failure, the most telling first."""
+
 _CRASH = re.compile(r"Fatal Python error: (.+)")
 _TAIL_BYTES = 20_000
 
@@ -57,7 +59,7 @@ def judge(
         stopped = next((record for record in records if record.status == 130), None)
         return Outcome(130, stopped.error) if stopped else Outcome(0)
     vanished = [view for view in ranks if view.gone_at is not None and view.record is None and not view.killed]
-    failed = sorted((r for r in records if r.status), key=lambda record: (_ORDER[record.kind], record.time))
+    failed = sorted((r for r in records if r.kind in _ORDER), key=lambda record: (_ORDER[record.kind], record.time))
     first = min(vanished, key=lambda view: view.gone_at or 0.0, default=None)
     if first is not None and not (failed and failed[0].kind == "error" and failed[0].time < (first.gone_at or 0) - 0.5):
         return _vanished(first, launcher, launcher_status, logs, memory_kills)

@@ -69,6 +69,8 @@ class StopSignal:
         """Give the signals back to whoever had them."""
         if self._before:
             signal.set_wakeup_fd(-1)
+        else:
+            self._reader.close()  # no thread has it
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._writer.close()  # ends the thread
