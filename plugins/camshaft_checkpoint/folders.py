@@ -30,13 +30,19 @@ def complete(root: Path) -> list[Path]:
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed runs left: unfinished checkpoints, and checkpoints whose removal had begun."""
+    """Remove what killed runs left: unfinished checkpoints, and checkpoints whose removal had begun.
+
+    What cannot be removed is logged: it is in nobody's way.
+    """
     if not root.is_dir():
         return
     for path in sorted(root.iterdir()):
         stale = path.name.startswith("step_") and path.name.endswith(_TEMPORARY)
         if stale or path.name.startswith(_TRASH) or path.name == LATEST + _TEMPORARY:
-            files.remove(path)
+            try:
+                files.remove(path)
+            except OSError as error:
+                _log.warning("cannot remove %s, which an earlier run left: %s", path, error)
 
 
 def begin(root: Path, step: int) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,25 @@ class Index:
         }
         return json.dumps({"tensors": tensors, "document": self.document}, separators=(",", ":")).encode()
 
-    def file_faults(self, path: Path, entries: Mapping[str, Entry]) -> list[str]:
-        """Pieces that the index places in the file at ``path`` and that its header does not have, or has otherwise."""
-        faults = []
-        for name, stored in self.tensors.items():
+    def by_file(self) -> dict[str, list[tuple[Stored, Piece]]]:
+        """What each file must hold."""
+        found: dict[str, list[tuple[Stored, Piece]]] = {}
+        for stored in self.tensors.values():
             for piece in stored.pieces:
-                if piece.file != path.name:
-                    continue
-                entry = entries.get(piece.key)
-                if entry is None:
-                    faults.append(f"{path}: has no tensor '{piece.key}', which the index expects for '{name}'")
-                elif (entry.dtype, entry.shape) != (stored.dtype, piece.shape):
-                    faults.append(f"{path}: '{piece.key}' is {entry.dtype} {list(entry.shape)}, not as in the index")
-        return faults
+                found.setdefault(piece.file, []).append((stored, piece))
+        return found
+
+
+def file_faults(path: Path, expected: Iterable[tuple[Stored, Piece]], entries: Mapping[str, Entry]) -> list[str]:
+    """Pieces that the index places in the file at ``path`` and that its header does not have, or has otherwise."""
+    faults = []
+    for stored, piece in expected:
+        entry = entries.get(piece.key)
+        if entry is None:
+            faults.append(f"{path}: has no tensor '{piece.key}', which the index expects")
+        elif (entry.dtype, entry.shape) != (stored.dtype, piece.shape):
+            faults.append(f"{path}: '{piece.key}' is {entry.dtype} {list(entry.shape)}, not as in the index")
+    return faults
 
 
 def read(path: Path, known: Collection[str]) -> Index:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ FORMAT = 1
 NAME = "manifest.json"
 MAX_MANIFEST = 64 << 20
 STEP_FOLDER = re.compile(r"step_(\d{8,18})")
+Pieces = list[tuple[index.Stored, index.Piece]]
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -134,24 +136,22 @@ def size_faults(folder: Path, record: Record) -> list[str]:
 
 def check_files(folder: Path, records: Sequence[Record], table: index.Index | None) -> list[str]:
     """Read ``records`` in full: size, hash, header, and the tensors that the index expects in each."""
-    return [fault for record in records for fault in _check_file(folder, record, table)]
+    expected = {} if table is None else table.by_file()
+    faults: list[str] = []
+    for record in records:
+        found = size_faults(folder, record)
+        faults += found or _faults_of(folder / record.name, partial(_contents, folder, record, expected))
+    return faults
 
 
-def _check_file(folder: Path, record: Record, table: index.Index | None) -> list[str]:
-    faults = size_faults(folder, record)
-    if faults:
-        return faults
+def _contents(folder: Path, record: Record, expected: Mapping[str, Pieces]) -> list[str]:
     path = folder / record.name
-    return _faults_of(path, lambda: _contents(path, record, table))
-
-
-def _contents(path: Path, record: Record, table: index.Index | None) -> list[str]:
     found = files.sha256(path)
     if found != record.sha256:
         return [f"{path}: contents changed: SHA-256 is {found[:16]}..., and {record.sha256[:16]}... was written"]
-    if table is None or path.suffix != ".safetensors":
+    if record.name not in expected:
         return []
-    return table.file_faults(path, tensorfile.read_header(path))
+    return index.file_faults(path, expected[record.name], tensorfile.read_header(path))
 
 
 def _faults_of(path: Path, check: Callable[[], list[str]]) -> list[str]:

@@ -108,6 +108,7 @@ class Writer(StorageWriter):
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         items = {key_of(item.index): item for item in plan.items}
+        assert len(items) == len(plan.items), "two pieces have one key"
         entries = tensorfile.layout([(key, *_described(item)) for key, item in items.items()])
         file = files.NewFile(self.folder / f"rank_{self.rank:05d}.safetensors")
         try:

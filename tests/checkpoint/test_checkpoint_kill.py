@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_kill import Killer, killed_at
-from checkpoint_toy import Plain, Run, differences, everything, folder, steps
+from checkpoint_toy import Run, differences, everything, folder, steps
 from safetensors.torch import load, save
+from torch import nn
 
 import camshaft_checkpoint
 from camshaft.testing.ranks import RankFailed, run_ranks
@@ -21,8 +23,14 @@ LIMIT = 400
 """More operations than any save here has."""
 
 
+def small() -> nn.Module:
+    """Few tensors: each is a write, and each write a crash point."""
+    torch.manual_seed(5)
+    return nn.Linear(3, 5)
+
+
 def start(path: Path, **options: Any) -> Run:
-    return Run(path, model=Plain(), keep_last=1, **options)
+    return Run(path, model=small(), keep_last=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +80,11 @@ def continue_from(path: Path, reference: Mapping[int, Mapping[str, Any]]) -> int
     return step
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["kill", "power"])
-@pytest.mark.parametrize("options", [{}, {"async": True}], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("power_cut", "options"),
+    [(False, {}), (True, {}), (True, {"async": True})],
+    ids=["kill", "power", "power-async"],
+)
 def test_every_crash_point_of_a_save(
     tmp_path: Path,
     one_step: Path,
@@ -87,7 +98,7 @@ def test_every_crash_point_of_a_save(
         if not killed_at(point, next_step(path, **options), power_cut=power_cut):
             break
         found.append(continue_from(path, reference))
-    assert len(found) > 40
+    assert len(found) > 30
     assert found == sorted(found)  # the rename is the one point at which the new checkpoint counts
     assert set(found) == {1, 2}
 
@@ -103,7 +114,7 @@ def test_a_crash_while_a_damaged_checkpoint_is_replaced(
         if not killed_at(point, next_step(path)):
             break
         found.append(continue_from(path, reference))
-    assert len(found) > 40
+    assert len(found) > 30
     assert set(found) == {1, 2}
 
 
@@ -159,7 +170,7 @@ def test_the_naive_protocol_fails_under_the_same_kills(
 
 
 def _two(rank: int, world_size: int, path: Path, victim: int, at: int) -> int:
-    run = Run(path, rank, world_size, model=Plain(), keep_last=1)
+    run = Run(path, rank, world_size, model=small(), keep_last=1)
     run.load()
     if at and rank == victim:
         Killer(pytest.MonkeyPatch(), at)
@@ -167,11 +178,18 @@ def _two(rank: int, world_size: int, path: Path, victim: int, at: int) -> int:
     return run.state.step
 
 
-@pytest.mark.parametrize(("victim", "at", "left"), [(1, 1, 1), (1, 5, 1), (0, 3, 1), (0, 14, 1), (0, 30, 2)])
-def test_one_of_two_ranks_is_killed_in_a_save(tmp_path: Path, victim: int, at: int, left: int) -> None:
-    assert run_ranks(2, _two, tmp_path, 0, 0) == [1, 1]
-    with pytest.raises(RankFailed, match=f"rank {victim}: died without a report") as caught:
-        run_ranks(2, _two, tmp_path, victim, at)
-    assert "did not end in time" not in str(caught.value)  # the survivor noticed
-    assert run_ranks(2, _two, tmp_path, 0, 0) == [left + 1, left + 1]
-    assert steps(tmp_path) == [left + 1]
+@pytest.mark.parametrize(("victim", "points"), [(1, (1, 3, 6)), (0, (2, 7, 12, 17, 22))])
+def test_one_of_two_ranks_is_killed_in_a_save(tmp_path: Path, victim: int, points: tuple[int, ...]) -> None:
+    left = []
+    for at in points:
+        path = tmp_path / str(at)
+        assert run_ranks(2, _two, path, 0, 0) == [1, 1]
+        with pytest.raises(RankFailed, match=f"rank {victim}: died without a report") as caught:
+            run_ranks(2, _two, path, victim, at)
+        assert "did not end in time" not in str(caught.value)  # the survivor noticed
+        after = run_ranks(2, _two, path, 0, 0)
+        assert after[0] == after[1]
+        assert steps(path) == [after[0]]
+        left.append(after[0] - 1)
+    assert left == sorted(left)
+    assert set(left) == ({1, 2} if victim == 0 else {1})

@@ -16,6 +16,7 @@ from torch import nn
 import camshaft_checkpoint
 from camshaft.errors import CheckpointError
 from camshaft.testing.ranks import run_ranks
+from camshaft_checkpoint import contents
 
 
 @pytest.mark.parametrize("kind", ["adamw", "fused", "sgd"])
@@ -322,6 +323,15 @@ def test_a_divided_tensor_that_is_no_dtensor_is_refused(tmp_path: Path) -> None:
         assert "'model.weight' is torch.float32 [2, 2]" in text
         assert "must be a DTensor" in text
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_digest_of_the_recipe_covers_plugins(tmp_path: Path) -> None:
+    digests = set()
+    for keep in (2, 2, 3):
+        run = Run(tmp_path)
+        run.state.world.recipe.plugins["checkpoint"] = run.plugin.Options(every_steps=1, keep_last=keep)
+        digests.add(contents.origin(run.state)["recipe_sha256"])
+    assert len(digests) == 2
 
 
 def test_index_says_where_it_comes_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
