@@ -102,7 +102,7 @@ class Client:
                 return True
             last = mode == "offline" or (isinstance(error, WorkerLost) and error.final)
             outcome = "W&B is off" if last else "recording offline instead"
-            _logger.warning("W&B: %s; %s (details: %s)", error, outcome, self._output)
+            _logger.warning("W&B: %s; %s (details: %s)", str(error).rstrip("."), outcome, self._output)
             self._given_up = last
             return last
         finally:
