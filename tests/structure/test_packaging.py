@@ -84,24 +84,29 @@ TARGETS = {
 }
 
 
+def dry_run(*arguments: str) -> list[str]:
+    """Commands that make would run. What an outer make passes down to this process is left out."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON")}
+    command = ["make", "--dry-run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_make_builds_the_environment_first(target: str) -> None:
-    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("make")]
-    assert "tools/make_venv.py" in lines[0]
-    assert TARGETS[target] in lines[-1]
+    commands = dry_run(target)
+    assert "tools/make_venv.py" in commands[0]
+    assert TARGETS[target] in commands[-1]
 
 
 def test_make_test_runs_every_gate() -> None:
-    done = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = "\n".join(dry_run("test"))
     for gate in ("ruff check", "ruff format --check", "lint-imports", "changelog.py check", "mypy", "pytest"):
-        assert gate in done.stdout
+        assert gate in commands
 
 
 def test_the_python_can_be_named() -> None:
-    command = ["make", "--dry-run", "venv", "PYTHON=python3.12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "python3.12 tools/make_venv.py --python python3.12"
+    assert dry_run("venv", "PYTHON=python3.12") == ["python3.12 tools/make_venv.py --python python3.12"]
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
