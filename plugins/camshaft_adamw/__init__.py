@@ -31,6 +31,7 @@ class Options(camshaft.Options):
     ]
     """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled decay of matrices and embeddings; norms and biases get none."""
     decay_embeddings: bool = True

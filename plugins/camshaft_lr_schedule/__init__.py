@@ -20,6 +20,7 @@ class Options(camshaft.Options):
     """Shape of the learning rate over the run."""
 
     type: Literal["cosine", "linear", "exponential", "wsd", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up; step n of them runs at n / warmup_steps of the peak, the first at 1 / warmup_steps."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None

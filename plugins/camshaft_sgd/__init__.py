@@ -25,6 +25,7 @@ class Options(camshaft.Options):
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate; `lr_schedule` multiplies it."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the last update that the next one keeps."""
     nesterov: bool = False
     """Nesterov's momentum; needs `momentum` above 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -43,9 +43,13 @@ class Options(camshaft.Options):
     name: str | None = None
     """Display name; default: the recipe's name and the run directory's."""
     group: str | None = None
+    """Runs with the same group are shown together."""
     job_type: str = "train"
+    """Kind of job inside the group."""
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+    """Labels to filter runs by."""
     notes: str | None = None
+    """A longer description of the run."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto`: online if there is a key, else offline. `WANDB_MODE` decides for `auto`, and can hold `online` back."""
     dir: str | None = None

@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 from xml.etree import ElementTree
 
 import pytest
+from pydantic import BaseModel, Field
 
 from camshaft.hookspecs import FAMILIES, MIDDLEWARE, SLOTS
 from tools.docs import __main__ as docs
-from tools.docs import inventory, readme
+from tools.docs import inventory, readme, types
 from tools.docs.order import RUN_ORDER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,21 +74,41 @@ def test_the_picture_shows_every_hook_once_and_inside_its_borders(scheme: str) -
         assert right <= width and bottom <= height
 
 
-def test_every_key_of_the_schema_is_in_the_reference_with_a_meaning() -> None:
+def test_every_key_is_in_the_reference_with_a_meaning() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.*) \|$", read(ROOT / "docs" / "recipe.md"), re.MULTILINE)
-    core = {key: meaning for key, meaning in rows if not key.startswith("plugins.")}
-    assert {"name", "model.qk_norm", "data.train.blend.weight", "launch.group_timeout_s", "run.dir"} <= set(core)
-    assert [key for key, meaning in core.items() if not meaning.strip()] == []
-
-
-def test_every_option_of_every_plugin_is_in_the_reference() -> None:
-    keys = set(re.findall(r"^\| `(plugins\.[\w.]+)` \|", read(ROOT / "docs" / "recipe.md"), re.MULTILINE))
-    wanted = {
+    options = {
         f"plugins.{shipped.name}.{name}"
         for shipped in inventory.plugins()
         for name in shipped.plugin.Options.model_fields
     }
-    assert wanted and wanted <= keys
+    core = {"name", "model.qk_norm", "data.train.blend.weight", "launch.group_timeout_s", "run.dir"}
+    assert core | options <= {key for key, _ in rows}
+    assert [key for key, meaning in rows if not meaning.strip()] == []
+
+
+class Example(BaseModel):
+    """A block."""
+
+    count: Annotated[int, Field(ge=1, le=2**53)] | Literal["auto"] = "auto"
+    names: list[Annotated[str, Field(min_length=1, max_length=8)]] = []
+    pair: Annotated[tuple[float, float], Field(min_length=2, max_length=2)] = (0.5, 1e-8)
+    part: Annotated[float, Field(gt=0, lt=1)] | None = None
+    inner: Example | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "type_text", "default"),
+    [
+        ("count", "integer ≥ 1 or `auto`", "`auto`"),
+        ("names", "list of text (1 to 8 characters)", "`[]`"),
+        ("pair", "list of number, number (exactly 2)", "`[0.5, 1.0e-08]`"),
+        ("part", "number > 0, < 1", ""),
+        ("inner", "block *Example*", ""),
+    ],
+)
+def test_types_and_defaults_are_written_for_users_of_yaml(name: str, type_text: str, default: str) -> None:
+    field = Example.model_fields[name]
+    assert (types.field_type(field), types.default(field)) == (type_text, default)
 
 
 def test_the_readme_keeps_its_hand_written_part() -> None:

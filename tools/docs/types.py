@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -15,14 +16,14 @@ BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 def field_type(field: FieldInfo) -> str:
     """Type of a field with its bounds; "or null" is left out, because the default column shows it."""
-    return (words(field.annotation) + bounds(field.metadata)).replace("|", "\\|")
+    return (words(field.annotation) + bounds(field.metadata, field.annotation)).replace("|", "\\|")
 
 
 def words(annotation: Any) -> str:
     """A type annotation in words. Blocks are named by their class, which has a table of its own."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return words(arguments[0]) + bounds(arguments[1:])
+        return words(arguments[0]) + bounds(arguments[1:], arguments[0])
     if origin in (Union, types.UnionType):
         return " or ".join(words(item) for item in arguments if item is not type(None))
     if origin is Literal:
@@ -43,22 +44,25 @@ def _sequence(arguments: tuple[Any, ...]) -> str:
     return "list of " + ", ".join(words(item) for item in items)
 
 
-def bounds(metadata: Any) -> str:
-    """Bounds that a value has to keep, such as " ≥ 1"."""
-    found = []
-    for item in metadata:
-        if isinstance(item, FieldInfo):
-            found.append(bounds(item.metadata).strip())
-        found += [f"{sign} {_number(getattr(item, name))}" for name, sign in BOUNDS if hasattr(item, name)]
-        if getattr(item, "min_length", None):
-            found.append(f"(at least {item.min_length})")
-    return "".join(f" {text}" for text in [", ".join(text for text in found if text)] if text)
+def bounds(metadata: Iterable[Any], annotation: Any) -> str:
+    """Bounds that a value has to keep, such as " ≥ 1"; those that only guard against overflow are left out."""
+    items = [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    limits = [(sign, getattr(item, name)) for item in items for name, sign in BOUNDS if hasattr(item, name)]
+    found = ", ".join(f"{sign} {limit}" for sign, limit in limits if abs(limit) < 2**53)
+    least = max((item.min_length for item in items if hasattr(item, "min_length")), default=0)
+    most = min((item.max_length for item in items if getattr(item, "max_length", None)), default=0)
+    return "".join(f" {text}" for text in (found, _lengths(least, most, annotation is str)) if text)
 
 
-def _number(value: float) -> str:
-    if isinstance(value, int) and value > 2**31 and value & (value - 1) == 0:
-        return f"2^{value.bit_length() - 1}"
-    return str(value)
+def _lengths(least: int, most: int, characters: bool) -> str:
+    unit = " characters" if characters else ""
+    if not least and not most:
+        return ""
+    if least == most:
+        return f"(exactly {least}{unit})"
+    if not most:
+        return f"(at least {least}{unit})"
+    return f"({least} to {most}{unit})"
 
 
 def default(field: FieldInfo) -> str:
