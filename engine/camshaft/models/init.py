@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,20 @@ from torch import Tensor, nn
 
 from camshaft.models.roles import Initial, Owned, initial_values, owned_parameters
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
 BLOCK = 16_384
 """Values of a block. Below the size from which torch spreads a copy over threads, which costs more than it saves."""
+
+
+class _Shard(NamedTuple):
+    """Storage of a rectangular part of a parameter, the shape of the whole, and where in it the part begins."""
+
+    target: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
 
 
 class _Stream:
@@ -120,6 +133,8 @@ def _runs(local: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...
 def materialize(model: nn.Module, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
     """Give every parameter and buffer its storage on ``device`` and its first values, in place.
 
+    A DTensor parameter gets its local shard only; together the shards hold what one process would have.
+
     Parameters stay the same Python objects: ties, ``requires_grad``, attributes and references that plugins hold
     remain. Modules with buffers compute them in their ``reset_buffers(device)``; buffers that are not on meta are
     moved. Works on ``torch.get_num_threads()`` parameters at a time; each needs one block besides itself.
@@ -133,11 +148,11 @@ def materialize(model: nn.Module, *, seed: int, device: torch.device | str, dtyp
     for parameter in owned:
         _refuse_hooks(parameter)
     # Storage is taken here, because the current GPU belongs to a thread; drawing numbers releases the GIL.
-    targets = [torch.empty(each.parameter.shape, dtype=dtype, device=device) for each in owned]
+    shards = [_shard(each.parameter, device, dtype) for each in owned]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda each, target: fill(target, each.name, initial_values(each), seed=seed), owned, targets))
-    for each, target in zip(owned, targets, strict=True):
-        _adopt(each, target)
+        list(pool.map(partial(_fill_shard, seed), owned, shards))
+    for each, shard in zip(owned, shards, strict=True):
+        _adopt(each, shard)
     for prefix, module in model.named_modules():
         _materialize_buffers(prefix, module, device)
 
@@ -150,10 +165,36 @@ def _refuse_hooks(owned: Owned) -> None:
         )
 
 
-def _adopt(owned: Owned, target: Tensor) -> None:
-    """Put ``target`` into the parameter, which stays the same object."""
-    parameter = owned.parameter
-    fresh = nn.Parameter(target, requires_grad=parameter.requires_grad)
+def _layout(parameter: Any) -> tuple[DeviceMesh, Sequence[Placement]] | None:
+    """Mesh and placements of a DTensor, told by its attributes: importing DTensor takes time that few runs need."""
+    return (parameter.device_mesh, parameter.placements) if hasattr(parameter, "placements") else None
+
+
+def _shard(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> _Shard:
+    """Empty storage for this rank's part of a parameter: all of it, unless it is a DTensor."""
+    shape = tuple(parameter.shape)
+    layout = _layout(parameter)
+    if layout is None:
+        return _Shard(torch.empty(shape, dtype=dtype, device=device), shape, (0,) * len(shape))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(shape, *layout)
+    return _Shard(torch.empty(local, dtype=dtype, device=device), shape, tuple(offset))
+
+
+def _fill_shard(seed: int, owned: Owned, shard: _Shard) -> None:
+    fill(shard.target, owned.name, initial_values(owned), seed=seed, shape=shard.shape, offset=shard.offset)
+
+
+def _adopt(owned: Owned, shard: _Shard) -> None:
+    """Put the values into the parameter, which stays the same object and keeps its layout."""
+    parameter, data, layout = owned.parameter, shard.target, _layout(owned.parameter)
+    if layout is not None:
+        from torch.distributed.tensor import DTensor
+
+        shape, stride = parameter.shape, parameter.stride()
+        data = DTensor.from_local(data, *layout, run_check=False, shape=shape, stride=stride)
+    fresh = nn.Parameter(data, requires_grad=parameter.requires_grad)
     fresh.__dict__.update(parameter.__dict__)
     try:
         torch.utils.swap_tensors(parameter, fresh)  # type: ignore[no-untyped-call]
