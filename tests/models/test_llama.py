@@ -7,7 +7,7 @@ import torch
 from model_reference import SHAPES, batch, built, odd, packed, reference_loss
 from torch.func import functional_call
 
-from camshaft.models import llama
+from camshaft.models import layers, llama
 from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
 
@@ -111,6 +111,19 @@ def test_grouped_heads_equal_repeated_key_and_value_heads(groups):
             state[name] = heads.repeat_interleave(6 // groups, 0).flatten(0, 1)
     full.load_state_dict(state)
     close(grouped(batch(config)), full(batch(config)))
+
+
+def test_masked_groups_equal_repeated_heads_where_the_kernel_has_no_groups(monkeypatch):
+    config = odd(num_key_value_heads=2, qk_norm=True)
+    native, repeated = built(config), built(config)
+    wanted = native(packed(config))
+    wanted.backward()
+    monkeypatch.setattr(layers, "MASKED_GROUPS", frozenset())
+    loss = repeated(packed(config))
+    loss.backward()
+    close(loss, wanted)
+    for name, gradient in gradients(repeated).items():
+        close(gradient, gradients(native)[name])
 
 
 def test_a_tied_gradient_is_the_sum_of_both_uses():

@@ -77,8 +77,7 @@ def test_parameter_count(preset):
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def test_the_numbers_of_the_announcements():
-    """As the issue of this project states them."""
+def test_the_counts_that_are_quoted_most():
     assert config_of("llama-2-7b").num_parameters() == 6_738_415_616
     assert config_of("llama-3-8b").num_parameters() == 8_030_261_248
     assert config_of("llama-3-70b").num_parameters() == 70_553_706_496

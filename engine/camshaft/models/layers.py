@@ -20,6 +20,10 @@ from camshaft.models.config import ModelConfig
 Rope = tuple[Tensor, Tensor]
 """cos and signed sin of the angles of every token, each [b, s, 1, head_dim], fp32 or wider."""
 
+MASKED_GROUPS = frozenset({"cpu"})
+"""Device types whose attention takes grouped heads together with a mask. On CUDA only the kernel that stores all
+scores does (documentation of ``scaled_dot_product_attention``), so there the key and value heads are repeated."""
+
 
 class Linear(nn.Linear):
     """A projection that knows the standard deviation of its first values."""
@@ -135,8 +139,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope, v.dtype), rotate(k, rope, v.dtype)
         grouped = self.group > 1
-        if grouped and mask is not None and v.is_cuda:
-            # With a mask, torch's CUDA kernels for grouped heads fall back to the one that stores all scores.
+        if grouped and mask is not None and v.device.type not in MASKED_GROUPS:
             k, v, grouped = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2), False
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
