@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import torch
 
+from camshaft.data.loader import Batch
 from camshaft.models.config import ModelConfig, RopeScaling
 from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
@@ -50,12 +50,12 @@ def built(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 3
     return model
 
 
-def batch(config: ModelConfig, rows: int = 2, length: int = 11, seed: int = 5) -> SimpleNamespace:
+def batch(config: ModelConfig, rows: int = 2, length: int = 11, seed: int = 5) -> Batch:
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (rows, length + 1), generator=random)
     labels = tokens[:, 1:].clone()
     labels[0, 3] = labels[-1, 0] = -100
-    return SimpleNamespace(
+    return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=labels,
         positions=torch.arange(length).expand(rows, length).contiguous(),
@@ -64,7 +64,7 @@ def batch(config: ModelConfig, rows: int = 2, length: int = 11, seed: int = 5) -
     )
 
 
-def packed(config: ModelConfig) -> SimpleNamespace:
+def packed(config: ModelConfig) -> Batch:
     """Two rows of documents of uneven lengths; the second row ends with padding."""
     made = batch(config, rows=2, length=14)
     lengths = ((5, 1, 8), (3, 7, 4))
@@ -78,7 +78,7 @@ def packed(config: ModelConfig) -> SimpleNamespace:
     return made
 
 
-def reference_loss(state: dict[str, torch.Tensor], config: ModelConfig, data: SimpleNamespace) -> torch.Tensor:
+def reference_loss(state: dict[str, torch.Tensor], config: ModelConfig, data: Batch) -> torch.Tensor:
     """Sum of token losses from Hugging Face names; one row, head, token and pair at a time."""
     head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
     total = torch.zeros((), dtype=torch.float64)
