@@ -154,7 +154,7 @@ def merge(descriptions: Sequence[Description]) -> Description:
 
 def origin(state: State) -> dict[str, Any]:
     """Where a checkpoint comes from: for people, and for warnings when it is continued with something else."""
-    recipe = json.dumps(state.world.recipe.model_dump(mode="json"), sort_keys=True)
+    recipe = json.dumps(state.world.recipe.model_dump(mode="json", exclude={"run"}), sort_keys=True)
     return {
         "camshaft": camshaft.__version__,
         "torch": torch.__version__,

@@ -41,12 +41,15 @@ class SavePlanner(DefaultSavePlanner):
                     )
         return super().create_global_plan(all_plans)
 
-    def snapshot(self) -> None:
-        """Copy what this rank will write to the CPU, so that later steps cannot touch it."""
-        self._copies = {
-            item.index: self._live(item).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for item in self.plan.items
-        }
+    def snapshot(self, buffers: dict[MetadataIndex, Tensor]) -> None:
+        """Copy what this rank will write to the CPU, so that later steps cannot touch it.
+
+        ``buffers`` are the copies of the save before: memory that is mapped already is several times faster to fill.
+        They are replaced by the copies of this one.
+        """
+        self._copies = {item.index: _copy(self._live(item), buffers.get(item.index)) for item in self.plan.items}
+        buffers.clear()
+        buffers.update(self._copies)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         copy = self._copies.get(write_item.index)
@@ -56,6 +59,12 @@ class SavePlanner(DefaultSavePlanner):
         data = super().resolve_data(item)
         assert isinstance(data, Tensor)  # Writer.prepare_local_plan refuses everything else
         return data
+
+
+def _copy(live: Tensor, buffer: Tensor | None) -> Tensor:
+    if buffer is None or (buffer.shape, buffer.dtype) != (live.shape, live.dtype):
+        buffer = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
+    return buffer.copy_(live.detach())
 
 
 def _identity(item: WriteItem) -> str:

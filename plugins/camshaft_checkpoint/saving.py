@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from camshaft_checkpoint import contents, files, folders, manifest, storage
@@ -49,6 +50,7 @@ class Saver:
         self.saved_step: int | None = None
         """Step of the newest checkpoint that is known to be on the disk."""
         self._background = Background()
+        self._buffers: dict[MetadataIndex, Tensor] = {}
 
     def save(self, state: State, *, background: bool) -> None:
         """Save this step, unless it is saved already or the numbers are not finite.
@@ -67,7 +69,7 @@ class Saver:
         if job is None:
             return
         if background:
-            job.saving.planner.snapshot()
+            job.saving.planner.snapshot(self._buffers)
             self._background.start(lambda: self._write(job))
         else:
             self._write(job)
