@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "check_agreement",
     "connect",
     "disconnect",
+    "forget_meeting",
     "pick_device",
     "read_environment",
     "set_threads",
@@ -43,7 +45,7 @@ JOB_VARIABLE = "CAMSHAFT_JOB"
 MAX_TIMEOUT_S = 600
 
 _met_in: list[Path] = []
-"""Folders that ``connect`` made and ``disconnect`` removes; those of ``camshaft train`` are its own to remove."""
+"""The folder that ``connect`` made, to be removed at the end; that of ``camshaft train`` is its own to remove."""
 
 
 def connect(environment: Environment, device_type: str, timeout_s: int) -> None:
@@ -139,9 +141,13 @@ def disconnect(failed: bool = False) -> None:
             dist.all_reduce(torch.zeros(1))
     if not (failed and nccl):
         dist.destroy_process_group()
+    forget_meeting()
+
+
+def forget_meeting() -> None:
+    """Remove the folder that ``connect`` made. Groups that exist do not need it, and no new rank can join."""
     while _met_in:
-        with contextlib.suppress(OSError):  # the last rank to leave finds it empty
-            _met_in.pop().rmdir()
+        shutil.rmtree(_met_in.pop(), ignore_errors=True)
 
 
 def pick_device(launch: Launch, environment: Environment) -> torch.device:

@@ -1,10 +1,13 @@
 """The front over stub ranks and a quick launcher: every way in which a run can end."""
 
+import contextlib
+import os
 import signal
+import subprocess
 import time
 
 import pytest
-from launch_support import front, started, until
+from launch_support import clean_environment, front, started, until
 
 from camshaft.processes import Process, alive, ancestors, command, send
 
@@ -122,3 +125,22 @@ def test_a_rank_that_never_begins_is_named(tmp_path):
         assert process.wait(20) == 1
         process.note(run)
     assert "rank 1 never began" in process.text()
+
+
+def test_rank_0_gets_the_fronts_terminal(tmp_path):
+    leader, follower = os.openpty()
+    line = front(tmp_path / "run", "fake", "calm")
+    environ = clean_environment(STUB_STEPS="2")
+    process = subprocess.Popen(line, env=environ, stdout=follower, stderr=follower, start_new_session=True)
+    os.close(follower)
+    text = b""
+    try:
+        with contextlib.suppress(OSError):  # EIO: everybody has closed the terminal
+            while part := os.read(leader, 4096):
+                text += part
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+    assert b"hello from rank 0, terminal: True" in text and b"rank 1" not in text

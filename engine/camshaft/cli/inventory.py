@@ -58,7 +58,8 @@ def cuda_versions() -> dict[str, str | None]:
     """CUDA and NCCL that torch was built with. Imports torch."""
     import torch
 
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda and torch.cuda.is_available() else None
+    usable = torch.version.cuda is not None and torch.cuda.is_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if usable else None  # type: ignore[no-untyped-call]
     return {"cuda": torch.version.cuda, "nccl": nccl}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from camshaft.cli.console import OverridesArgument, RecipeArgument, say, warn
+from camshaft.cli.console import OverridesArgument, RecipeArgument, say
 from camshaft.cli.launch import heartbeat
+from camshaft.cli.launch.claim import begin, end, take
 from camshaft.environment import read_environment
 from camshaft.errors import (
     CamshaftError,
@@ -24,16 +24,14 @@ from camshaft.errors import (
     OutOfMemory,
     RecipeError,
 )
-from camshaft.processes import alive, myself
 from camshaft.recipe import check, load
-from camshaft.rundir import Choice, RunDirectory, choose, digest, utc_now
+from camshaft.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from camshaft.cli.launch.rank import Station
+    from camshaft.environment import Launcher
     from camshaft.recipe import Resolved
 
-_EARLIER_S = 25.0
-_STATES = {0: "finished", 130: "interrupted"}
 _ERRORS: dict[int, type[CamshaftError]] = {
     error.exit_status: error for error in (RecipeError, MachineError, OutOfMemory, NonFiniteLoss, Interrupted)
 }
@@ -112,14 +110,12 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
         _prepare_data(resolved)
         if stop.requested:
             raise Interrupted("stopped before the ranks were started")
-        choice = _take_directory(resolved, fresh)
+        choice = take(resolved, fresh)
         stack.callback(choice.lock.release)
-        line = commands.equivalent(
-            launch.launcher, processes, commands.Target("camshaft", ("train", str(resolved.path), *changes))
-        )
+        line = _line(launch.launcher, processes, resolved, changes)
         say(choice.message)
         say(f"starting     {line}")
-        _begin(choice.directory, resolved, processes, line)
+        begin(choice.directory, resolved, processes, line)
         threads = commands.threads_for(processes, launch.threads_per_rank)
         extensions = commands.extensions_folder(cache.folder(resolved.recipe.data.cache_dir, os.environ))
         environ = commands.child_environment(
@@ -137,10 +133,17 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
         )
         sys.stdout.flush()
         outcome = supervise(job, stop)
-        _end(choice.directory, outcome.status)
+        end(choice.directory, outcome.status)
     if outcome.status:
         error = _ERRORS.get(outcome.status, CamshaftError)(outcome.message)
         raise error
+
+
+def _line(launcher: Launcher, processes: int, resolved: Resolved, changes: Sequence[str]) -> str:
+    """The line that starts the same run by hand."""
+    from camshaft.cli.launch.commands import Target, equivalent
+
+    return equivalent(launcher, processes, Target("camshaft", ("train", str(resolved.path), *changes)))
 
 
 def _prepare_data(resolved: Resolved) -> None:
@@ -182,7 +185,8 @@ def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) ->
             directory = _agree_on_directory(station, resolved, fresh, stack)
             station.enter(directory)
         if owner:
-            _begin(directory, resolved, environment.world_size, f"{environment.launcher}: camshaft train")
+            line = _line(environment.launcher, environment.world_size, resolved, changes)
+            begin(directory, resolved, environment.world_size, line)
         return _train(station, resolved, directory, owner)
 
 
@@ -211,7 +215,7 @@ def _train(station: Station, resolved: Resolved, directory: RunDirectory, owner:
         raise
     finally:
         if owner:
-            _end(directory, status, station.heartbeat.progress[0])
+            end(directory, status, station.heartbeat.progress[0])
 
 
 def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack: ExitStack) -> RunDirectory:
@@ -222,7 +226,7 @@ def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack
     answer: dict[str, str] = {}
     if environment.rank == 0:
         try:
-            choice = _take_directory(resolved, fresh)
+            choice = take(resolved, fresh)
             stack.callback(choice.lock.release)
             heartbeat.create(choice.directory.heartbeat, environment.world_size)
             say(choice.message)
@@ -233,54 +237,3 @@ def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack
     if "error" in answer:
         raise MachineError(answer["error"])
     return RunDirectory(answer["path"]).create()
-
-
-def _take_directory(resolved: Resolved, fresh: bool) -> Choice:
-    """Choose and lock the run directory, and wait until ranks of an earlier, killed run have left it."""
-    recipe = resolved.recipe
-    choice = choose(recipe.run, recipe.name, digest(resolved.values()), fresh=fresh)
-    limit = time.monotonic() + _EARLIER_S
-    told = False
-    while left := _earlier_ranks(choice.directory):
-        if time.monotonic() > limit:
-            choice.lock.release()
-            raise MachineError(
-                f"rank {left[0].rank} (pid {left[0].process.pid}) of an earlier run still works in "
-                f"{choice.directory.path}. Stop it, or give another run.dir"
-            )
-        if not told:
-            warn(f"waiting for {len(left)} rank(s) of an earlier run in {choice.directory.path} to end")
-            told = True
-        time.sleep(0.2)
-    return choice
-
-
-def _earlier_ranks(directory: RunDirectory) -> list[heartbeat.Beat]:
-    own = myself()
-    return [beat for beat in heartbeat.read(directory.heartbeat) if beat.process != own and alive(beat.process)]
-
-
-def _begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: str) -> None:
-    """Keep what this start was, and mark the run as running."""
-    directory.keep("recipe.yaml", resolved.path.read_text())
-    directory.keep("resolved.yaml", resolved.dump())
-    before = directory.read_status()
-    directory.write_status(
-        name=resolved.recipe.name,
-        state="running",
-        step=before.get("step", 0),
-        started=before.get("started") or utc_now(),
-        resumed=utc_now() if before else None,
-        ended=None,
-        exit_status=None,
-        world_size=world_size,
-        command=line,
-        digest=digest(resolved.values()),
-    )
-
-
-def _end(directory: RunDirectory, status: int, step: int | None = None) -> None:
-    """Mark how the run ended."""
-    if step is None:
-        step = max((beat.step for beat in heartbeat.read(directory.heartbeat)), default=0)
-    directory.write_status(state=_STATES.get(status, "failed"), ended=utc_now(), exit_status=status, step=step)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from camshaft.environment import Launcher
 from camshaft.errors import MachineError
 
 _DEEPSPEED_HOSTFILE = Path("/job/hostfile")  # read by deepspeed unasked; it would start ranks on other machines
@@ -43,11 +44,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def equivalent(launcher: str, processes: int, target: Target) -> str:
+def equivalent(launcher: Launcher, processes: int, target: Target) -> str:
     """The line that a user would type for the same run."""
     head = {
         "deepspeed": f"deepspeed --num_gpus {processes} --no_local_rank --module",
         "torchrun": f"torchrun --nproc-per-node {processes} -m",
+        "slurm": f"srun --ntasks {processes} python -m",
+        "none": "python -m",
     }[launcher]
     return f"{head} {shlex.join((target.module, *target.arguments))}"
 
@@ -136,5 +139,6 @@ def threads_for(processes: int, setting: int | str) -> int:
 
 
 def target_of(recipe: str, overrides: Sequence[str], directory: Path) -> Target:
-    """The ranks' own command line."""
-    return Target("camshaft", ("train", recipe, *overrides, f"run.dir={directory}"))
+    """The ranks' own command line: the user's, in a run directory that is settled."""
+    others = [override for override in overrides if not override.startswith("run.dir=")]
+    return Target("camshaft", ("train", recipe, *others, f"run.dir={directory}"))

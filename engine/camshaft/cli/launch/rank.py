@@ -18,13 +18,14 @@ from typing import IO, NoReturn
 from camshaft.cli.launch import exits, terminal
 from camshaft.cli.launch.heartbeat import Heartbeat
 from camshaft.cli.launch.watch import StopSignal, Watchdog, watch_list
+from camshaft.distributed import JOB_VARIABLE, forget_meeting
 from camshaft.environment import Environment
 from camshaft.errors import CamshaftError, Interrupted, RecipeError
 from camshaft.processes import Process
 from camshaft.rundir import RunDirectory, utc_now
 
-JOB_VARIABLE, FRONT_VARIABLE, RUN_VARIABLE = "CAMSHAFT_JOB", "CAMSHAFT_FRONT", "CAMSHAFT_RUN"
-"""What ``camshaft train`` tells the ranks it starts: its private folder, itself (pid:start), the run directory."""
+FRONT_VARIABLE, RUN_VARIABLE = "CAMSHAFT_FRONT", "CAMSHAFT_RUN"
+"""What ``camshaft train`` tells its ranks beside its private folder: itself (pid:start), and the run directory."""
 
 _LEAVE_S = 10.0
 
@@ -101,6 +102,7 @@ class Station:
         self.note(f"{utc_now()} ended with status {status}: {reason}")
         if kind == "orphan" and self.front is not None:
             shutil.rmtree(self.front.job, ignore_errors=True)  # nobody else is left to do it
+        forget_meeting()
         if self.front is None and self.environment.rank == 0:
             with contextlib.suppress(OSError):
                 os.write(2, f"error: {reason}\n".encode())
@@ -151,6 +153,7 @@ def supervised(environment: Environment, work: Callable[[Station], int]) -> int:
         status, kind = _ended(station, error)
         station.tell(error, kind)
         if kind != "end":
+            forget_meeting()
             _flush()
             os._exit(status)
     else:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from camshaft.cli.launch import exits, heartbeat, rank, terminal
+from camshaft.cli.launch import exits, heartbeat, terminal
 from camshaft.cli.launch.cause import Outcome, RankView, judge
+from camshaft.cli.launch.rank import FRONT_VARIABLE, RUN_VARIABLE
 from camshaft.cli.launch.watch import POLL_S, StopSignal
+from camshaft.distributed import JOB_VARIABLE
 from camshaft.processes import alive, in_session, kernel_memory_kills, myself, send
 from camshaft.rundir import RunDirectory, utc_now
 
@@ -85,9 +87,9 @@ class Supervisor:
         job = self._job
         line = job.line(folder)
         own = {
-            rank.JOB_VARIABLE: str(folder),
-            rank.FRONT_VARIABLE: str(myself()),
-            rank.RUN_VARIABLE: str(job.directory.path.resolve()),
+            JOB_VARIABLE: str(folder),
+            FRONT_VARIABLE: str(myself()),
+            RUN_VARIABLE: str(job.directory.path.resolve()),
         }
         environment = {**job.environment, **own}
         if "--include" in line:
