@@ -124,7 +124,7 @@ def _check_layouts(
     if before.keys() != after.keys():
         gone, new = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
         raise PluginError(
-            name, phase, f"parameter names changed: {gone[:3]} became {new[:3]}; only `split` may do that"
+            name, phase, f"parameter names changed: gone {gone[:3]}, new {new[:3]}; only `split` may do that"
         )
     targets = [claim.target for claim in plan.claims if claim.resource == "parameter.layout"]
     for parameter, layout in after.items():

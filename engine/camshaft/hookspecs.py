@@ -193,7 +193,10 @@ class StepHooks:
 
     @hookspec
     def post_step(self, state: State) -> None:
-        """Event. The step is counted (``state.step``) and the gradients are released. No host sync. Since API 1."""
+        """Event. The step is counted, its gradients are released, its records are written. No host sync.
+
+        A checkpoint that is made here is of a step whose records exist. Since hook API 1.
+        """
         raise AssertionError
 
 

@@ -200,11 +200,13 @@ class Trainer:
             if state.step % training.log_every == 0 or last:
                 heartbeat.beat(state.step, "log")
                 self.log()
-            if stopped:
-                break
-            if training.eval_every is not None and (state.step % training.eval_every == 0 or last):
+            if training.eval_every is not None and not stopped and (state.step % training.eval_every == 0 or last):
                 heartbeat.beat(state.step, "evaluate")
                 self.evaluate()
+            # After the records: a checkpoint of this step means that its records are written, so none is lost.
+            self.stepper.post_step(state)
+            if stopped:
+                break
         heartbeat.beat(state.step, "save")
         if self._save is not None:
             self._save(state)

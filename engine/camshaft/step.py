@@ -36,7 +36,7 @@ class Stepper:
         self._lr = bind.slot(host, "lr")
         self._release = bind.slot(host, "release") or (lambda state: state.optimizer.zero_grad())
         self._step = bind.middleware(host, "around_step", state, self._innermost_step(host))
-        self._post_step = bind.event(host, "post_step")
+        self.post_step = bind.event(host, "post_step") or (lambda state: None)
         self._losses: list[Tensor | None] = [None] * world.batch.accumulation
         self._last = [action.microbatch for action in program if action.kind is Kind.B][-1]
         self._scale: Tensor | None = None
@@ -55,8 +55,6 @@ class Stepper:
         seed_step(state)
         for call, microbatch in self.program:
             call(microbatch)
-        if self._post_step is not None:
-            self._post_step(state)
 
     def _bind(self, host: Host, program: tuple[Action, ...]) -> Bound:
         table: dict[Kind, Callable[[int], None]] = {

@@ -115,6 +115,7 @@ def engine_steps(trainer: Trainer, count: int) -> float:
     for _ in range(count):
         state.window = state.loader.next()
         trainer.stepper.run(False)
+        trainer.stepper.post_step(state)
         assert isinstance(state.window, Window)
         trainer.meter.count(state.window.tokens)
     assert state.loss is not None and state.window is not None
