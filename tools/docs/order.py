@@ -31,9 +31,10 @@ STEP = (
     Stage("REDUCE", ("reduce",)),
     Stage("CLIP", ("clip",)),
     Stage("STEP", ("lr", "around_step", "step", "release")),
-    Stage("counted", ("post_step",)),
+    Stage("records", ("log",), "at intervals"),
+    Stage("done", ("post_step",)),
 )
-NOW_AND_THEN = Stage("Now and then", ("log", "save", "state_dict"))
+SAVE = Stage("Save", ("save", "state_dict"))
 END = Stage("End", ("close",))
 
-RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, NOW_AND_THEN, END) for name in stage.hooks)
+RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, SAVE, END) for name in stage.hooks)
