@@ -161,6 +161,7 @@ class Trainer:
         self.host = host
         self.control = Control(environment, recipe.launch.group_timeout_s)
         self.state, self.program = build(self.host, world, checked.config, checked.plans, loader, self.control)
+        self.state.data_fingerprint = data.fingerprint
         self.state.components = components(self.host, self.state)
         self.stepper = Stepper(self.host, self.state, self.program)
         self.meter = Meter(self.state)

@@ -79,6 +79,8 @@ class State:
     optimizer: Optimizer
     loader: Loader
     control: Control
+    data_fingerprint: str = ""
+    """Digest of everything that decides what a sample holds; a resumed run compares it."""
     step: int = 0
     """Optimizer steps done."""
     microbatch: int = 0

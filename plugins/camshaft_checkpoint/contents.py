@@ -161,5 +161,5 @@ def origin(state: State) -> dict[str, Any]:
         "python": platform.python_version(),
         "world_size": state.world.world_size,
         "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-        "data_fingerprint": getattr(state.loader, "fingerprint", None),
+        "data_fingerprint": state.data_fingerprint,
     }

@@ -97,13 +97,13 @@ def make_state(
         run=RunDirectory(path),
         total_steps=total_steps,
     )
-    loader: Any = SimpleNamespace(fingerprint="data one")
     return State(
         world=world,
         config=SimpleNamespace(),
         model=model,
         optimizer=optimizer,
-        loader=loader,
+        loader=SimpleNamespace(),
+        data_fingerprint="data one",
         control=SimpleNamespace(),
         window=SimpleNamespace(),
     )  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ def test_data_that_changed_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptur
     assert same.load()
     assert "DATA CHANGED" not in caplog.text
     other = Run(tmp_path)
-    other.state.loader.fingerprint = "data two"  # type: ignore[attr-defined]
+    other.state.data_fingerprint = "data two"
     assert other.load()
     assert "DATA CHANGED" in caplog.text
 
