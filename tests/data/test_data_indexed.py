@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +165,22 @@ def test_an_error_in_the_middle_leaves_an_older_dataset_alone(tmp_path):
     write(tmp_path / "x", [[1]], dtype_for(100))
     assert read_all(IndexedDataset(tmp_path / "x")) == [[1]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+def test_a_crash_while_a_dataset_is_replaced_never_leaves_a_pair_that_does_not_belong_together(tmp_path, monkeypatch):
+    write(tmp_path / "x", DOCUMENTS, dtype_for(100))
+    original = Path.replace
+
+    def crash(path, target):
+        if target.suffix == ".idx":
+            raise OSError(5, "crash")
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(OSError, match="crash"):
+        write(tmp_path / "x", [[9, 8, 7], [6], [1, 2, 3, 4, 5]], dtype_for(100))  # the same sizes
+    with pytest.raises(RecipeError, match=r"x\.idx: there is no such file"):
+        IndexedDataset(tmp_path / "x")
 
 
 @pytest.mark.parametrize("place", [0, 1, 50_000, 99_998, 99_999])

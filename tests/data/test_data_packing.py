@@ -124,6 +124,18 @@ def test_packed_rows_without_document_mask(tmp_path):
     assert first[3] is second[3] is None
 
 
+def test_padding_is_a_document_of_its_own_also_where_an_epoch_ends_inside_one(tmp_path):
+    packed = PackedDataset(stream(tmp_path, [[*range(1, 90), EOD], [100, EOD]]), 40, seed=0)
+    epoch = next(epoch for epoch in range(1, 9) if 2 < packed.rotation(epoch) < 80)
+    tokens, labels, positions, document = (part.tolist() for part in packed.sample(2, epoch))
+    real = 92 - 80
+    assert labels[real - 1] == tokens[real - 1] + 1, "the ring goes on inside the document that the epoch began in"
+    assert labels[real:] == [IGNORE] * (40 - real)
+    assert document[real] == document[real - 1] + 1
+    assert document[real:] == [document[real]] * (40 - real)
+    assert positions[real:] == list(range(40 - real))
+
+
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 10_000])
 @pytest.mark.parametrize("mask", [True, False])
