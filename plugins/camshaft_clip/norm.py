@@ -56,7 +56,8 @@ def _reduced_square(members: Sequence[Tensor]) -> Tensor:
 def _local_norm(tensors: Sequence[Tensor]) -> Tensor:
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     norms = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def _layout(gradient: Tensor) -> object:

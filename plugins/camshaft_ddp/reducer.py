@@ -59,7 +59,7 @@ class Reducer:
         self.buckets = fill(parameters, self._bucket_bytes)
         self._next = 0
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(bucket))
+            parameter.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
             for bucket in self.buckets
             for parameter in bucket.parameters
         ]

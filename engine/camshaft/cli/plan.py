@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, columns, say
+from camshaft.errors import RecipeError
 from camshaft.hookspecs import BuildHooks
 from camshaft.host import Host
 from camshaft.program import brief, window_program
@@ -51,6 +52,7 @@ def show(resolved: Resolved, checked: Checked, host: Host, rank: int | None) -> 
 
 def _sizes(resolved: Resolved, checked: Checked) -> str:
     batch, mesh, config = checked.batch, checked.mesh, checked.config
+    assert batch is not None and mesh is not None and config is not None  # a checked recipe has them
     length = resolved.recipe.data.sequence_length
     axes = " x ".join(f"{axis.name} {axis.degree}" for axis in mesh.axes)
     return "\n".join(
@@ -83,11 +85,14 @@ def _claims(checked: Checked) -> str:
 
 def _programs(checked: Checked, host: Host, rank: int | None) -> str:
     """Ranks with the same program share a line, so that 4,096 ranks stay readable."""
-    mesh = checked.mesh
+    mesh, batch = checked.mesh, checked.batch
+    assert batch is not None and mesh is not None
+    if rank is not None and not 0 <= rank < mesh.world_size:
+        raise RecipeError(f"there is no rank {rank} among {mesh.world_size}: give --rank 0 to {mesh.world_size - 1}")
     ranks = range(mesh.world_size) if rank is None else [rank]
     alike: dict[str, list[int]] = {}
     for index in ranks:
-        text = brief(window_program(host, mesh, index, checked.batch.accumulation))
+        text = brief(window_program(host, mesh, index, batch.accumulation))
         alike.setdefault(text, []).append(index)
     lines = []
     for text, members in alike.items():
