@@ -1,4 +1,4 @@
-"""From recipes to datasets: what is read, what is held out, and what a recipe's data can get wrong."""
+"""From recipes to datasets: what is read, what is held out, and who builds it."""
 
 from __future__ import annotations
 
@@ -6,84 +6,20 @@ import json
 import multiprocessing
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from data_files import WORDS, indexed, sentence
 
 from camshaft import data
 from camshaft.data.indexed import IndexedDataset
 from camshaft.data.tokenizer import train_bpe
-from camshaft.data.writer import IndexedWriter
 from camshaft.errors import MachineError, RecipeError
-from camshaft.recipe import check, load
 
 FORK = multiprocessing.get_context("fork")
-WORDS = [
-    "camshaft",
-    "valve",
-    "stroke",
-    "moment",
-    "opens",
-    "each",
-    "exact",
-    "the",
-    "of",
-    "a",
-    "engine",
-    "gradient",
-    "token",
-    "window",
-]
-
-
-def sentence(seed, size=30):
-    rng = np.random.default_rng(seed)
-    return " ".join(WORDS[index] for index in rng.integers(0, len(WORDS), size))
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Writes a recipe with this data section and loads it."""
-
-    def make(source, *, tokenizer=None, model=None, seed=0, **sections):
-        recipe = {
-            "schema_version": 1,
-            "name": "t",
-            "seed": seed,
-            "model": {"preset": "llama-tiny", **(model or {})},
-            "data": {"train": source, "sequence_length": 32, "cache_dir": "cache", **sections.pop("data", {})},
-            "batch": {"micro_batch_size": 1, "global_batch_size": 1},
-            "training": {"max_steps": 1, **sections.pop("training", {})},
-            "plugins": {"adamw": {"lr": 0.001}},
-            **({} if tokenizer is None else {"tokenizer": tokenizer}),
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(json.dumps(recipe, indent=1))  # JSON is YAML
-        return load(path)
-
-    return make
-
-
-@pytest.fixture
-def text(tmp_path):
-    records = [json.dumps({"text": sentence(seed, 5 + seed % 40)}) for seed in range(120)]
-    (tmp_path / "text.jsonl").write_text("\n".join(records))
-    return {"files": ["text.jsonl"]}
-
-
-def indexed(folder, name, documents, dtype="<u2"):
-    with IndexedWriter(folder / name, np.dtype(dtype)) as writer:
-        for one in documents:
-            writer.add(one)
-    return {"prefix": name}
-
-
-def keys(problems):
-    return [problem.key for problem in problems]
 
 
 def tokens_of(dataset):
@@ -173,12 +109,6 @@ def test_a_validation_set_of_its_own(write, text, tmp_path):
     assert found.tokenizer.decode(stream.read(0, len(stream)).tolist()) == sentence(999)
 
 
-def test_both_kinds_of_validation_set_are_one_too_many(write, text, tmp_path):
-    (tmp_path / "held.txt").write_text(sentence(999))
-    resolved = write(text, data={"validation": {"files": ["held.txt"]}, "validation_fraction": 0.1})
-    assert keys(data.check(resolved)) == ["data.validation_fraction"]
-
-
 def test_a_single_document_is_left_whole_unless_somebody_wants_to_validate(write, tmp_path):
     (tmp_path / "book.txt").write_text(sentence(1, 400))
     source, byte = {"files": ["book.txt"]}, {"type": "byte"}
@@ -199,108 +129,10 @@ def test_unpacked_data_are_one_document_a_sample(write, text):
     assert len(weights) > 1
 
 
-def damaged(folder, name, *, size=None, header=None):
-    part = indexed(folder, name, [[1, 2, 3] * 30, [4] * 10])
-    if size is not None:
-        os.truncate(folder / f"{name}.bin", size)
-    if header is not None:
-        offset, value = header
-        content = bytearray((folder / f"{name}.idx").read_bytes())
-        content[offset : offset + len(value)] = value
-        (folder / f"{name}.idx").write_bytes(content)
-    return part
-
-
-def test_every_fault_of_a_blend_is_found_at_once_with_its_key_and_line(write, tmp_path):
-    good = indexed(tmp_path, "good", [[1, 2, 3] * 30 for _ in range(4)])
-    blend = [
-        good,
-        {"prefix": "missing"},
-        damaged(tmp_path, "truncated", size=100),
-        damaged(tmp_path, "magic", header=(0, b"X")),
-        damaged(tmp_path, "float", header=(17, b"\x06")),
-        damaged(tmp_path, "version", header=(9, struct.pack("<Q", 3))),
-        indexed(tmp_path, "above", [[1] * 60, [2, 50, 3] * 20]),
-        indexed(tmp_path, "short", [[1, 2]]),
-        {**good, "weight": 1e-9},
-    ]
-    resolved = write({"blend": blend}, model={"vocab_size": 50})
-    problems = data.check(resolved)
-    assert sorted(keys(problems)) == sorted(
-        ["data.train.blend.8.weight", *(f"data.train.blend.{number}.prefix" for number in range(1, 8))]
-    )
-    told = {problem.key.split(".")[3]: problem for problem in problems}
-    assert "missing.idx: there is no such file" in told["1"].message
-    assert "truncated.bin: is truncated: the index expects 200 bytes" in told["2"].message
-    assert "found 100" in told["2"].message
-    assert "above.bin: token 61 (byte 122) has id 50, and the vocabulary has ids 0 to 49" in told["6"].message
-    assert "at most 3 tokens, and one sample takes 32" in told["7"].message
-    lines = (tmp_path / "recipe.yaml").read_text().splitlines()
-    for problem in problems:
-        assert problem.file.endswith("recipe.yaml")
-        assert problem.fix
-        key, index = problem.key.split(".")[-1], int(problem.key.split(".")[3])
-        shown = blend[index][key]
-        assert json.dumps(shown) in lines[problem.line - 1]
-    with pytest.raises(RecipeError) as caught:
-        data.prepare(resolved)
-    assert keys(caught.value.problems) == ["data.train.blend.1.prefix"]
-
-
-def test_faults_of_text_are_found_before_it_is_tokenised(write, text, tmp_path):
-    (tmp_path / "blank.txt").write_text(" \n")
-    (tmp_path / "latin.txt").write_bytes(b"\xe4rger")
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (tmp_path / "tiny.txt").write_text("tiny")
-    cases = {
-        ("missing.txt",): ("data.train.files.0", "missing.txt: there is no such file"),
-        ("blank.txt",): ("data.train.files", "corpus is empty"),
-        ("text.jsonl", "latin.txt"): ("data.train.files.1", "latin.txt: is not UTF-8"),
-        ("bad.jsonl",): ("data.train.files.0", "bad.jsonl:2: is not JSON"),
-        ("tiny.txt",): ("data.train.files", "at most 8 tokens"),
-    }
-    for files, (key, message) in cases.items():
-        (problem,) = data.check(write({"files": list(files)}))
-        assert problem.key == key
-        assert message in problem.message
-    assert data.check(write({"files": ["text.jsonl", "blank.txt", "tiny.txt"]})) == []
-    assert not (tmp_path / "cache").exists()
-
-
 def test_a_corpus_that_turns_out_too_short_is_refused_with_its_size(write, tmp_path):
     (tmp_path / "a.txt").write_text("the the the the the the the the")
     with pytest.raises(RecipeError, match=r"data\.train: holds 32 token.* in 1 document.*one sample takes 60"):
         data.prepare(write({"files": ["a.txt"]}, tokenizer={"type": "byte"}, data={"sequence_length": 60}))
-
-
-def test_faults_of_the_tokenizer(write, text, tmp_path):
-    part = indexed(tmp_path, "a", [[1, 2, 3] * 30 for _ in range(4)])
-    (tmp_path / "t.json").write_text(train_bpe([sentence(n) for n in range(9)], 300))
-    (tmp_path / "bad.json").write_text("{")
-    fixed = {"vocab_size": 50}
-    cases = [
-        (text, {"type": "file"}, {}, ["tokenizer"]),
-        (text, {"type": "file", "path": "no.json"}, {}, ["tokenizer.path"]),
-        (text, {"type": "file", "path": "bad.json"}, {}, ["tokenizer.path"]),
-        (text, {"type": "file", "path": "t.json", "vocab_size": 300}, {}, ["tokenizer.vocab_size"]),
-        (text, {"type": "byte", "path": "t.json"}, {}, ["tokenizer.path"]),
-        (text, {"type": "file", "path": "t.json"}, {"vocab_size": 256}, ["model.vocab_size"]),
-        (text, {"type": "byte"}, {"vocab_size": 256}, ["model.vocab_size"]),
-        (text, {"type": "byte"}, {"vocab_size": 257}, []),
-        (text, {"type": "file", "path": "t.json"}, {}, []),
-        ({"blend": [part]}, {"type": "bpe"}, {"vocab_size": 5000}, ["tokenizer"]),
-        ({"blend": [part]}, {"type": "byte"}, {}, []),
-        ({"blend": [part]}, None, fixed, []),
-    ]
-    for source, tokenizer, model, expected in cases:
-        resolved = write(source, tokenizer=tokenizer, model=model)
-        found = check(resolved).problems  # with the model's checks, which say each thing once
-        assert keys(found) == expected, (tokenizer, model)
-        assert set(data.check(resolved)) <= set(found)
-    mixed = write({"blend": [part]}, model=fixed, data={"validation": text})
-    assert keys(data.check(mixed)) == ["data.validation"]
-    with pytest.raises(RecipeError, match=r"no\.json: cannot be read"):
-        data.vocab_size(write(text, tokenizer={"type": "file", "path": "no.json"}))
 
 
 def test_a_local_tokenizer_file_is_used(write, text, tmp_path):
