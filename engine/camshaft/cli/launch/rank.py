@@ -96,6 +96,12 @@ class Station:
             with contextlib.suppress(OSError, ValueError):
                 self._log.write(text.rstrip() + "\n")
 
+    def close(self) -> None:
+        """Give back the signals and the log, where the process goes on."""
+        self.stop.uninstall()
+        if self._log is not None:
+            self._log.close()
+
     def force(self, status: int, kind: exits.Kind, reason: str) -> NoReturn:
         """End this process from any thread, now."""
         self.record(status, kind, reason)
@@ -172,7 +178,7 @@ def _alone(station: Station, work: Callable[[Station], int]) -> int:
         station.record(status, "end", "")
         return status
     finally:
-        station.stop.uninstall()
+        station.close()
 
 
 def _ended(station: Station, error: BaseException) -> tuple[int, exits.Kind]:

@@ -17,7 +17,7 @@ from camshaft.cli.launch.cause import Outcome, RankView, judge
 from camshaft.cli.launch.rank import FRONT_VARIABLE, RUN_VARIABLE
 from camshaft.cli.launch.watch import POLL_S, StopSignal
 from camshaft.distributed import JOB_VARIABLE
-from camshaft.processes import alive, in_session, kernel_memory_kills, myself, send
+from camshaft.processes import alive, in_session, kernel_memory_kills, myself, send, stat
 from camshaft.rundir import RunDirectory, utc_now
 
 PEERS_S = 10.0
@@ -80,6 +80,7 @@ class Supervisor:
         self._ranks: dict[int, RankView] = {}
         self._deadline: float | None = None
         self._asked: set[int] = set()
+        self._sessions: set[int] = set()
         self._memory_kills = kernel_memory_kills()
         self._process = self._start(folder)
 
@@ -118,11 +119,19 @@ class Supervisor:
 
     def _look(self) -> None:
         for beat in heartbeat.read(self._job.directory.heartbeat):
-            view = self._ranks.setdefault(beat.rank, RankView(beat.rank, beat.process))
+            if beat.rank not in self._ranks:
+                self._meet(beat)
+            view = self._ranks[beat.rank]
             view.step, view.phase = beat.step, beat.phase
             if view.gone_at is None and not alive(view.process):
                 view.gone_at = time.time()
                 view.record = exits.read_record(self._job.directory.logs, view.rank, view.process)
+
+    def _meet(self, beat: heartbeat.Beat) -> None:
+        self._ranks[beat.rank] = RankView(beat.rank, beat.process)
+        found = stat(beat.process.pid)
+        if found is not None and found.start == beat.process.start:
+            self._sessions.add(found.session)  # torchrun gives every rank a session of its own
 
     def _pass_on_stop(self) -> None:
         """Ask the ranks themselves: deepspeed's launcher would kill them. Those that begin later are asked then."""
@@ -163,12 +172,12 @@ class Supervisor:
         return outcome
 
     def end_all(self) -> None:
-        """Kill what is left of the job: the ranks, and the session of the launcher. Nothing else is ever signalled."""
+        """Kill what is left of the job: the ranks, and the sessions that they and the launcher opened; nothing else."""
         for view in self._ranks.values():
             if view.gone_at is None and send(view.process, signal.SIGKILL):
                 view.killed = True
-        for process in in_session(self._process.pid):
-            if process.pid != os.getpid():
+        for session in {self._process.pid, *self._sessions} - {os.getsid(0)}:
+            for process in in_session(session):
                 send(process, signal.SIGKILL)
         self._process.wait()
         limit = time.monotonic() + _KILLED_S
