@@ -99,26 +99,25 @@ def _add_moments(
         full = saved.get(key, f"optimizer.{name}.{key}")
         target = existing.get(key)
         if not isinstance(target, Tensor) and full in index.tensors:
-            target = _new(targets, index.tensors[full], full, key, parameter, group)
+            target = empty_state(index.tensors[full], key, parameter, group)
             if target is None:
+                targets.faults.append(f"{full}: is not shaped like its parameter, which is divided over ranks")
                 continue
             targets.created.append((parameter, key, target))
         _add(targets, index, full, target)
     targets.created += [(parameter, key, value) for key, value in optimizer["values"].get(name, {}).items()]
 
 
-def _new(
-    targets: Targets, stored: Stored, full: str, key: str, parameter: Tensor, group: Mapping[str, Any]
-) -> Tensor | None:
-    """Empty optimizer state: laid out like its parameter, or on the device where the optimizer wants it.
+def empty_state(stored: Stored, key: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+    """Room for optimizer state: laid out like its parameter, or on the device where the optimizer wants it.
 
-    Optimizers keep ``step`` on the CPU unless they are fused or capturable, as in ``Optimizer.load_state_dict``.
+    Optimizers keep ``step`` on the CPU unless they are fused or capturable, as in ``Optimizer.load_state_dict``. None
+    for state that is not shaped like its parameter, when that is divided: nothing says how to divide it.
     """
     dtype = DTYPES[stored.dtype]
-    if stored.shape == tuple(parameter.shape) and key != "step":
+    if key != "step" and stored.shape == tuple(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     if stored.shape and hasattr(parameter, "placements"):
-        targets.faults.append(f"{full}: has shape {list(stored.shape)}, so how to divide it over ranks is not known")
         return None
     host = key == "step" and not (group.get("fused") or group.get("capturable"))
     return torch.empty(stored.shape, dtype=dtype, device="cpu" if host else parameter.device)

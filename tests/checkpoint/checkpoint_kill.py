@@ -21,13 +21,15 @@ OPERATIONS = ("make_directory", "write", "sync", "rename", "unlink", "remove_dir
 class Killer:
     """Wraps the operations of ``files`` and sends SIGKILL before the k-th, or in the middle of it if it is a write.
 
-    ``power_cut`` also throws away what was not forced to the disk: contents of files, and renames whose directory was
-    not synchronised after them. With ``sync_works`` off that is everything: a control.
+    ``power_cut`` also throws away what was not forced to the disk: contents of files, and new entries and renames whose
+    directory was not synchronised after them. With ``sync_works`` off that is everything: a control.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, power_cut: bool = False, sync_works: bool = True) -> None:
         self.at, self.power_cut, self.sync_works, self.count = at, power_cut, sync_works, 0
         self.dirty: set[str] = set()
+        self.entered: set[str] = set()
+        self.written: set[str] = set()
         self.renamed: list[tuple[Path, Path]] = []
         self.operations = {name: getattr(files, name) for name in OPERATIONS}
         for name in OPERATIONS:
@@ -39,22 +41,32 @@ class Killer:
         if self.count == self.at:
             if name == "write":
                 operation(arguments[0], memoryview(arguments[1])[: len(arguments[1]) // 2])
-                self.dirty.add(_path(arguments[0]))
+                self._remember(name, *arguments)
             self._die()
         result = operation(*arguments)
         self._remember(name, *arguments)
         return result
 
     def _remember(self, name: str, *arguments: Any) -> None:
-        if name == "write":
-            self.dirty.add(_path(arguments[0]))
+        if name == "make_directory":
+            self.entered.add(str(arguments[0].resolve()))
+        elif name == "write":
+            path = _path(arguments[0])
+            self.dirty.add(path)
+            self.entered |= {path} - self.written
+            self.written.add(path)
         elif name == "sync" and self.sync_works:
             path = _path(arguments[0])
             self.dirty.discard(path)
+            self.entered = {entry for entry in self.entered if str(Path(entry).parent) != path}
             self.renamed = [pair for pair in self.renamed if str(pair[1].parent.resolve()) != path]
         elif name == "rename":
             source, target = (str(path.resolve()) for path in arguments)
-            self.dirty = {path.replace(source, target, 1) if path.startswith(source) else path for path in self.dirty}
+            for paths in (self.dirty, self.entered):
+                moved = {path for path in paths if path == source or path.startswith(source + "/")}
+                paths -= moved
+                paths |= {target + path[len(source) :] for path in moved}
+            self.entered.discard(target)  # its entry is the old one under a new name
             self.renamed.append(arguments)  # type: ignore[arg-type]
 
     def _die(self) -> None:
@@ -62,6 +74,8 @@ class Killer:
             for path in self.dirty:
                 with contextlib.suppress(FileNotFoundError):
                     os.truncate(path, 0)
+            for path in self.entered:
+                files.remove(Path(path))
             for source, target in reversed(self.renamed):
                 with contextlib.suppress(OSError):
                     os.rename(target, source)

@@ -16,7 +16,8 @@ from torch import nn
 import camshaft_checkpoint
 from camshaft.errors import CheckpointError
 from camshaft.testing.ranks import run_ranks
-from camshaft_checkpoint import contents
+from camshaft_checkpoint import contents, loading
+from camshaft_checkpoint.index import Stored
 
 
 @pytest.mark.parametrize("kind", ["adamw", "fused", "sgd"])
@@ -55,6 +56,26 @@ def test_the_adam_step_is_where_the_optimizer_wants_it(tmp_path: Path) -> None:
         assert state["step"].dtype == torch.float32
         assert state["step"].shape == ()
         assert state["step"].item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "group", "device"),
+    [
+        ("step", (), {"fused": True}, "meta"),
+        ("step", (), {"capturable": True}, "meta"),
+        ("step", (), {"fused": None, "capturable": False}, "cpu"),
+        ("exp_avg", (3, 5), {}, "meta"),
+        ("row", (3,), {}, "meta"),
+    ],
+)
+def test_new_optimizer_state_is_made_on_the_right_device(
+    key: str, shape: tuple[int, ...], group: dict[str, Any], device: str
+) -> None:
+    parameter = nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16, device="meta"))
+    made = loading.empty_state(Stored("F32", shape, ()), key, parameter, group)
+    assert made is not None
+    assert (made.device.type, made.dtype, tuple(made.shape)) == (device, torch.float32, shape)
+    assert not made.requires_grad
 
 
 def test_order_and_groups_of_parameters_do_not_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
