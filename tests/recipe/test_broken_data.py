@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from broken_recipes import recipe
+from recipe_cases import recipe
 
 from camshaft.cli import run
 from camshaft.data.writer import IndexedWriter

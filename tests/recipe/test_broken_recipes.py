@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import broken_texts
+import broken_values
 import pytest
 import recipe_plugins
-from broken_recipes import CASES, HIDDEN, Case, recipe
+from recipe_cases import HIDDEN, Case, recipe
 
 from camshaft.cli import run
 
+CASES = [*broken_values.CASES, *broken_texts.CASES]
 ONE_LINE = re.compile(r"error: .+")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import recipe_plugins
-from broken_recipes import recipe
+from recipe_cases import recipe
 
 from camshaft.errors import PluginError, RecipeError
 from camshaft.mesh import MeshShape

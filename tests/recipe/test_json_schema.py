@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import recipe_plugins
 import yaml
-from broken_recipes import recipe
+from recipe_cases import recipe
 
 from camshaft import host
 from camshaft.cli import run

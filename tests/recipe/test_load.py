@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import recipe_plugins
-from broken_recipes import recipe
 from pydantic import ValidationError
+from recipe_cases import recipe
 
 from camshaft import host
 from camshaft.errors import RecipeError
@@ -255,7 +255,8 @@ def test_only_named_plugins_are_imported(base: Path) -> None:
     code = (
         "import sys\nfrom camshaft.recipe import check, load\n"
         f"resolved = load({str(base)!r})\ncheck(resolved).require()\n"
-        "print(sorted(name for name in sys.modules if name.startswith('camshaft_') and '.' not in name), 'torch' in sys.modules)"
+        "plugins = [name for name in sys.modules if name.startswith('camshaft_') and '.' not in name]\n"
+        "print(sorted(plugins), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "['camshaft_adamw', 'camshaft_clip', 'camshaft_ddp'] False\n", done.stderr

@@ -112,7 +112,11 @@ def _root(
 
 
 def _show(error: CamshaftError) -> None:
-    """One ``error:`` line for each problem, on standard error."""
+    """One ``error:`` line for each problem, on standard error, whatever characters a message quotes."""
     lines = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else [str(error)]
     for line in lines:
-        typer.echo(f"error: {line}", err=True)
+        typer.echo(f"error: {_printable(line)}", err=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text.replace("\n", " "))

@@ -16,6 +16,9 @@ from camshaft.recipe import wording
 from camshaft.recipe.nodes import join, show_key
 from camshaft.recipe.suggest import nearest
 
+MOST = 200
+"""Errors of one section that are told; nobody reads more, and each costs a search for the right name."""
+
 Elsewhere = Callable[[str, str], str | None]
 """(unknown key, its section) to where it could belong, or None."""
 
@@ -45,8 +48,12 @@ def problems(
 ) -> list[Problem]:
     """Every fault of ``tree``, which ``model`` refused. ``prefix`` is the recipe key of ``tree``."""
     translator = _Translator(tree, model, prefix, elsewhere)
-    found = [_placed(item, tree) for item in error.errors(include_url=False)]
-    return [fault.problem for fault in translator.translate(found, depth=0)]
+    items = error.errors(include_url=False)
+    found = [_placed(item, tree) for item in items[:MOST]]
+    told = [fault.problem for fault in translator.translate(found, depth=0)]
+    if len(items) > MOST:
+        told.append(Problem(f"{len(items) - MOST} more faults are not shown", key=prefix))
+    return told
 
 
 def _placed(item: Mapping[str, Any], tree: Any) -> _Error:

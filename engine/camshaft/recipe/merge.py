@@ -94,4 +94,4 @@ def _entries(document: Document, entry: Node) -> list[Node]:
 
 def _add(document: Document, problems: tuple[Problem, ...]) -> None:
     """Two bases may share a base: its faults are told once."""
-    document.problems += [problem for problem in problems if problem not in document.problems]
+    document.problems = list(dict.fromkeys([*document.problems, *problems]))

@@ -50,7 +50,11 @@ class Node:
 
     def get(self, key: str) -> Node | None:
         """The child called ``key``, or None."""
-        return next((node for name, node in self.children() if name == key), None)
+        if isinstance(self.value, dict):
+            return self.value.get(key)
+        if isinstance(self.value, list) and key.isdecimal() and int(key) < len(self.value):
+            return self.value[int(key)]
+        return None
 
 
 @dataclass(slots=True)

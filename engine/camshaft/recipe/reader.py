@@ -156,7 +156,9 @@ class _Builder:
         message, fix = "a key must be a text", "write a plain name before the ':'"
         if isinstance(event, yaml.ScalarEvent):
             plain_text = event.style is None and event.tag is None
-            if plain_text and event.value == "<<":
+            if scalars.unprintable(event.value) or "\n" in event.value:
+                message, fix = "a key holds control characters or half a surrogate pair", "remove them"
+            elif plain_text and event.value == "<<":
                 message, fix = "the merge key '<<' is not allowed", "write the keys out, or use extends:"
             elif not plain_text or self._is_text(event.value):
                 self._decorations(Node(None, origin), event, join(prefix, event.value))

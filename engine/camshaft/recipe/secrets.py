@@ -21,11 +21,12 @@ _PARTS = ("secret", "password", "passwd", "passphrase", "credential", "apikey")
 _KEY_OWNERS = frozenset({"access", "account", "api", "auth", "encryption", "private", "secret", "signing", "ssh"})
 _TOKENS_OF_TEXT = frozenset({"bos", "cls", "eos", "mask", "max", "min", "pad", "per", "sep", "unk"})
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-_URL_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]*@")
+# Lengths are bounded, so that no text takes more than linear time.
+_URL_USER = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]{1,40}://[^/\s?#]{0,1000}@")
 _QUERY = re.compile(r"[?&]([A-Za-z0-9_.-]+)=")
 _SHAPES = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|sk-(?:proj-|ant-)?\w{32,}"
-    r"|AKIA[0-9A-Z]{16}|xox[abpr]-[\w-]{10,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.)|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|AKIA[0-9A-Z]{16}|xox[abpr]-[\w-]{10,}|eyJ[\w-]{10,200}\.eyJ[\w-]{10})|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 
 

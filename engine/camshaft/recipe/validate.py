@@ -141,10 +141,10 @@ class _Elsewhere:
             if key in faults.keys_of(model):
                 return join(name, key)
         for name, model in others.items():
-            for field in faults.keys_of(model):
-                limit = len(field) // 6
-                if abs(len(field) - len(key)) <= limit and distance(key, field) <= limit:
-                    return join(name, field)
+            for known in faults.keys_of(model):
+                limit = len(known) // 6
+                if abs(len(known) - len(key)) <= limit and distance(key, known) <= limit:
+                    return join(name, known)
         return None
 
 
