@@ -207,3 +207,8 @@ def steps(path: Path) -> list[int]:
 
 def files_of(checkpoint: Path) -> Iterator[Path]:
     yield from sorted(entry for entry in checkpoint.iterdir() if entry.is_file())
+
+
+def entries(path: Path) -> list[str]:
+    """Names of everything in the folder of checkpoints of a run."""
+    return sorted(entry.name for entry in (path / CHECKPOINTS).iterdir())
