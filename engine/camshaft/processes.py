@@ -68,18 +68,24 @@ def send(process: Process, signum: int) -> bool:
     """Send a signal to exactly this process; False if it is gone. The pidfd closes the race with reuse of the pid."""
     try:
         handle = os.pidfd_open(process.pid)
-    except OSError:
+    except ProcessLookupError:
         return False
+    except OSError:  # a kernel or sandbox without pidfds
+        handle = -1
     try:
         if not alive(process):
             return False
-        signal.pidfd_send_signal(handle, signum)
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, signum)
+        else:
+            os.kill(process.pid, signum)
     except OSError:
         return False
     else:
         return True
     finally:
-        os.close(handle)
+        if handle >= 0:
+            os.close(handle)
 
 
 def command(pid: int) -> list[str]:

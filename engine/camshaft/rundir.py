@@ -88,7 +88,7 @@ class RunDirectory:
         path = self.path / name
         if not path.exists():
             _replace(path, text)
-        elif path.read_text() != text:
+        elif path.read_text(encoding="utf-8") != text:
             path = path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}{path.suffix}")
             _replace(path, text)
         return path
@@ -104,7 +104,7 @@ class RunDirectory:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

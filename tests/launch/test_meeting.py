@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from launch_support import HERE, LOOPBACK, clean_environment, listeners
 
+from camshaft.cli.launch.commands import free_port
 from camshaft.distributed import (
     Control,
     Environment,
@@ -81,6 +82,19 @@ def test_one_node_listens_on_loopback_only(folder):
     for found, backend, total, sums, left in ranks(body, folder):
         assert found and found <= LOOPBACK
         assert (backend, total, sums, left) == ("gloo", 3.0, [2], False)
+
+
+def test_two_nodes_meet_at_the_masters_address(folder):
+    def body(environment, folder):
+        place = Environment(environment.rank, 0, 2, 1, "slurm", 2, ("127.0.0.1", port))
+        connect(place, "cpu", 20)
+        total = torch.tensor([environment.rank + 1.0])
+        dist.all_reduce(total)
+        disconnect()
+        return float(total), list(folder.iterdir())
+
+    port = free_port()
+    assert ranks(body, folder) == [(3.0, [])] * 2
 
 
 def test_control_sums_beside_the_training_and_keeps_large_integers(folder):

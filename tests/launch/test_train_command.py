@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launch_support import VENV, clean_environment, started, until
@@ -23,7 +24,7 @@ tokenizer: {type: byte}
 data: {train: {files: [text.jsonl]}, validation_fraction: 0, sequence_length: 32, cache_dir: cache}
 batch: {micro_batch_size: 1, global_batch_size: 4}
 training: {max_steps: 60, log_every: 1}
-launch: {processes: 2, device: cpu}
+launch: {processes: 2, device: cpu, threads_per_rank: 1}
 plugins:
   ddp: {}
   adamw: {lr: 1.0e-3}
@@ -79,6 +80,7 @@ def test_stopped_killed_and_continued_by_the_same_command_is_bit_equal_to_slurm_
     with started(line, tmp_path / "out1") as process:
         until(lambda: (latest / "heartbeat").exists(), 60)
         process.steps(latest, 2, 5)
+        assert "libtorch" not in Path(f"/proc/{process.popen.pid}/maps").read_text(), "the front needs no torch"
         began = time.monotonic()
         process.popen.send_signal(signal.SIGTERM)
         assert process.wait(25) == 130, process.text()

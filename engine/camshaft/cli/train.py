@@ -15,7 +15,7 @@ import typer
 from camshaft.cli.console import OverridesArgument, RecipeArgument, say
 from camshaft.cli.launch import heartbeat
 from camshaft.cli.launch.claim import begin, end, take
-from camshaft.environment import read_environment
+from camshaft.environment import Environment, read_environment
 from camshaft.errors import (
     CamshaftError,
     Interrupted,
@@ -57,6 +57,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: Fr
         resolved = load(recipe, changes)
         processes, device = local_processes(resolved)
         check(resolved, processes, device=device).require()
+        _prepare_data(resolved)
         if processes > 1:
             _front(resolved, changes, processes, device, fresh)
             return
@@ -102,21 +103,20 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
     from camshaft.cli.launch.supervisor import Job, supervise
     from camshaft.cli.launch.watch import StopSignal
     from camshaft.data import cache
+    from camshaft.distributed import threads_per_rank
 
     launch = resolved.recipe.launch
     stop = StopSignal(grace_s=None, repeat_ends=False).install()
     with ExitStack() as stack:
         stack.callback(stop.uninstall)
-        _prepare_data(resolved)
-        if stop.requested:
-            raise Interrupted("stopped before the ranks were started")
         choice = take(resolved, fresh)
         stack.callback(choice.lock.release)
         line = _line(launch.launcher, processes, resolved, changes)
         say(choice.message)
         say(f"starting     {line}")
         begin(choice.directory, resolved, processes, line)
-        threads = commands.threads_for(processes, launch.threads_per_rank)
+        ranks = Environment(world_size=processes, local_world_size=processes)
+        threads = threads_per_rank(ranks, launch.threads_per_rank)
         extensions = commands.extensions_folder(cache.folder(resolved.recipe.data.cache_dir, os.environ))
         environ = commands.child_environment(
             os.environ, launcher=launch.launcher, device=device, threads=threads, extensions=extensions
@@ -147,7 +147,7 @@ def _line(launcher: Launcher, processes: int, resolved: Resolved, changes: Seque
 
 
 def _prepare_data(resolved: Resolved) -> None:
-    """Fill the cache before ranks exist, so that they do not wait for one another, with progress on a terminal."""
+    """Fill the cache, with progress on a terminal, before ranks wait for one another and signals mean a checkpoint."""
     from camshaft.data import prepare
 
     if not sys.stderr.isatty():
@@ -196,6 +196,7 @@ def _train(station: Station, resolved: Resolved, directory: RunDirectory, owner:
     from camshaft.cli.launch import exits
 
     environment = station.environment
+    station.heartbeat.beat(0, "build")
     if environment.rank == 0:
         facts = inventory.run_environment(resolved.base_dir, environment.launcher, environment.world_size)
         directory.keep("env.json", json.dumps(facts, indent=2) + "\n")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from camshaft.cli.launch.exits import ExitRecord
+from camshaft.cli.launch.heartbeat import doing
 from camshaft.errors import OutOfMemory
 from camshaft.processes import Process
 
@@ -69,7 +70,7 @@ def judge(
     if not failed and stuck:
         view = stuck[0]
         return Outcome(
-            1, f"rank {view.rank} did not stop in time, at step {view.step} during {view.phase}; it was killed"
+            1, f"rank {view.rank} did not stop in time, at step {view.step} during {doing(view.phase)}; it was killed"
         )
     return _launcher_ended(ranks, processes, launcher, launcher_status, logs)
 
@@ -77,8 +78,8 @@ def judge(
 def _recorded(record: ExitRecord, logs: Path) -> Outcome:
     status = record.status if record.status in _KNOWN else 1
     log = logs / f"rank_{record.rank}.log"
-    text = f"rank {record.rank} at step {record.step} during {record.phase}: {record.error}"
-    return Outcome(status, f"{text}\nits log: {log}")
+    text = f"rank {record.rank} at step {record.step} during {doing(record.phase)}: {record.error.rstrip('.')}"
+    return Outcome(status, f"{text}. Log: {log}")
 
 
 def _vanished(view: RankView, launcher: str, status: int | None, logs: Path, memory_kills: int) -> Outcome:
@@ -96,7 +97,7 @@ def _vanished(view: RankView, launcher: str, status: int | None, logs: Path, mem
     else:
         what = "ended without a word (usually SIGKILL, often from the kernel's out-of-memory killer)"
     killed_for_memory = bool(memory_kills) and not crash and number in (None, signal.SIGKILL)
-    text = f"rank {view.rank} {what} at step {view.step} during {view.phase}\nits log: {log}"
+    text = f"rank {view.rank} {what} at step {view.step} during {doing(view.phase)}. Log: {log}"
     return Outcome(OutOfMemory.exit_status if killed_for_memory else 1, text)
 
 
@@ -122,10 +123,10 @@ def _launcher_ended(ranks: list[RankView], processes: int, launcher: str, status
         last = "\n  ".join(tail(log).strip().splitlines()[-12:])
         return Outcome(3, f"the launcher '{launcher}' {how} before a rank began. The end of {log}:\n  {last}")
     if missing:
-        return Outcome(1, f"rank {missing[0]} never began, and the launcher '{launcher}' {how}\nits log: {log}")
+        return Outcome(1, f"rank {missing[0]} never began, and the launcher '{launcher}' {how}. Log: {log}")
     view = max(ranks, key=lambda one: one.step)
-    text = f"the launcher '{launcher}' lost its ranks at step {view.step} during {view.phase}: it {how}"
-    return Outcome(1, f"{text}\nits log: {log}")
+    text = f"the launcher '{launcher}' lost its ranks at step {view.step} during {doing(view.phase)}: it {how}"
+    return Outcome(1, f"{text}. Log: {log}")
 
 
 def tail(path: Path) -> str:

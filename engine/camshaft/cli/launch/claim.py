@@ -45,7 +45,7 @@ def _earlier_ranks(directory: RunDirectory) -> list[heartbeat.Beat]:
 
 def begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: str) -> None:
     """Keep what this start was, and mark the run as running."""
-    directory.keep("recipe.yaml", resolved.path.read_text())
+    directory.keep("recipe.yaml", resolved.path.read_text(encoding="utf-8"))
     directory.keep("resolved.yaml", resolved.dump())
     before = directory.read_status()
     directory.write_status(

@@ -133,11 +133,6 @@ def _open_files() -> set[str]:
     return found
 
 
-def threads_for(processes: int, setting: int | str) -> int:
-    """Threads of each of ``processes`` ranks on this machine."""
-    return setting if isinstance(setting, int) else max(1, len(os.sched_getaffinity(0)) // processes)
-
-
 def target_of(recipe: str, overrides: Sequence[str], directory: Path) -> Target:
     """The ranks' own command line: the user's, in a run directory that is settled."""
     others = [override for override in overrides if not override.startswith("run.dir=")]

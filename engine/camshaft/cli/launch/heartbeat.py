@@ -16,12 +16,18 @@ PHASES = (
 )  # fmt: skip
 """Names of what a rank can be doing. The place in this tuple is the code in the file."""
 
+_IN_WORDS = {"start": "start-up", "connect": "the rendezvous", "step": "training", "log": "logging", "end": "its exit"}
 _CODES = {name: code for code, name in enumerate(PHASES)}
 _HEADER = struct.Struct("=8sqq48x")
 _SLOT = struct.Struct("=qqqq32x")  # pid, start time, step, phase; a cache line a rank
 _PROGRESS = struct.Struct("=qq")
 _PROGRESS_OFFSET = 16
 _MAGIC = b"camshaft"
+
+
+def doing(phase: str) -> str:
+    """A phase as it reads after "during"."""
+    return _IN_WORDS.get(phase, phase)
 
 
 class Beat(NamedTuple):

@@ -119,11 +119,11 @@ class Station:
         rank = self.environment.rank
         if self.front is not None or (rank and (kind != "error" or not self._is_first())):
             return
-        problems = error.problems if isinstance(error, RecipeError) else (error,)
-        for problem in problems:
-            text = str(problem) if isinstance(error, CamshaftError) else f"{type(error).__name__}: {problem}"
-            head = "stopped" if isinstance(error, Interrupted) else "error"
-            self._terminal.write(f"{head}: {f'rank {rank}: ' if rank else ''}{text}\n")
+        head = "stopped" if isinstance(error, Interrupted) else f"error: rank {rank}" if rank else "error"
+        for text in _lines_of(error):
+            self._terminal.write(f"{head}: {text}\n")
+        if kind == "connection" and self.directory is not None:
+            self._terminal.write(f"another rank ended first; its log is in {self.directory.logs}\n")
         self._terminal.flush()
 
     def _is_first(self) -> bool:
@@ -136,6 +136,12 @@ class Station:
             for path in self.directory.logs.glob("rank_*.exit.json")
             if path != exits.record_path(self.directory.logs, self.environment.rank)
         )
+
+
+def _lines_of(error: BaseException) -> list[str]:
+    if isinstance(error, RecipeError):
+        return [str(problem) for problem in error.problems]
+    return [str(error) if isinstance(error, CamshaftError) else f"{type(error).__name__}: {error}"]
 
 
 def supervised(environment: Environment, work: Callable[[Station], int]) -> int:
@@ -187,8 +193,7 @@ def _ended(station: Station, error: BaseException) -> tuple[int, exits.Kind]:
         station.record(error.exit_status, "end", str(error))
         return error.exit_status, "end"
     status, kind = exits.classify(error)
-    text = str(error) if isinstance(error, CamshaftError) else f"{type(error).__name__}: {error}"
-    station.record(status, kind, text)
+    station.record(status, kind, "; ".join(_lines_of(error)))
     station.note("".join(traceback.format_exception(error)))
     return status, kind
 

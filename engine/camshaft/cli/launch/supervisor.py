@@ -162,8 +162,9 @@ class Supervisor:
         self._look()
         job = self._job
         views = [self._ranks[number] for number in sorted(self._ranks)]
-        told = len(views) == job.processes and all(view.record for view in views)
-        if self._stop.requested and not told and not any(view.step for view in views):
+        faults = [view for view in views if view.record is not None and view.record.kind == "error"]
+        unfinished = len(views) < job.processes or any(view.failed for view in views)
+        if self._stop.requested and unfinished and not faults and not any(view.step for view in views):
             return Outcome(130, "stopped before the first step")
         kills = kernel_memory_kills() - self._memory_kills
         outcome = judge(views, job.processes, job.launcher, launcher_status, job.directory.logs, kills)
