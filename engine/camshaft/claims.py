@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from camshaft.errors import Problem
+from camshaft.errors import PluginError, Problem
 
 if TYPE_CHECKING:
     from camshaft.mesh import MeshShape
@@ -93,7 +93,12 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     """Every conflict between plans: colliding claims, unmet requirements, axes that nobody claims.
 
     ``plans`` maps plugin to plan in recipe order. Problems carry the recipe key of the plugin to change.
+
+    Raises:
+        PluginError: a claim on a resource or an axis that does not exist, which could collide with nothing.
     """
+    for name, plan in plans.items():
+        _check_words(name, plan, mesh)
     problems = [problem for plan in plans.values() for problem in plan.problems]
     problems += _collisions(plans)
     provided = {fact for plan in plans.values() for fact in plan.provides}
@@ -122,6 +127,17 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     return problems
 
 
+def _check_words(name: str, plan: Plan, mesh: MeshShape) -> None:
+    axes = [axis.name for axis in mesh.axes]
+    for claim in plan.claims:
+        if claim.resource not in get_args(Resource):
+            known = ", ".join(get_args(Resource))
+            raise PluginError(name, "plan", f"claims '{claim.resource}', which is no resource; there are: {known}")
+        if claim.axis and claim.axis not in axes:
+            known = ", ".join(axes)
+            raise PluginError(name, "plan", f"claims {claim} on an axis that the mesh lacks; there are: {known}")
+
+
 def _collisions(plans: Mapping[str, Plan]) -> list[Problem]:
     owned: Sequence[tuple[str, Claim]] = [(name, claim) for name, plan in plans.items() for claim in plan.claims]
     return [
@@ -132,5 +148,8 @@ def _collisions(plans: Mapping[str, Plan]) -> list[Problem]:
         )
         for index, (first, claim) in enumerate(owned)
         for second, other in owned[index + 1 :]
-        if claim.resource == other.resource and claim.axis == other.axis and overlap(claim.target, other.target)
+        if first != second
+        and claim.resource == other.resource
+        and claim.axis == other.axis
+        and overlap(claim.target, other.target)
     ]

@@ -74,6 +74,17 @@ class Interrupted(CamshaftError):
     exit_status = 130
 
 
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's plain RuntimeErrors say: its CPU allocator, CUDA outside torch's own allocator, cuBLAS."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of host or device ran out; told by names and texts, without importing torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 class PluginError(CamshaftError):
     """A plugin raised, or broke the contract of a hook. Names the plugin and the hook."""
 

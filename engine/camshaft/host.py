@@ -14,7 +14,7 @@ from typing import Any
 
 import pluggy
 
-from camshaft.errors import CamshaftError, MachineError, PluginError, Problem, RecipeError
+from camshaft.errors import CamshaftError, MachineError, PluginError, Problem, RecipeError, is_out_of_memory
 from camshaft.hookspecs import FAMILIES, SLOTS
 from camshaft.plugin import HOOK_API, PROJECT, Plugin
 
@@ -129,7 +129,9 @@ class Host:
         return [(name, function(*arguments)) for name, function in self.implementations(hook)]
 
     def _check_signatures(self, plugin_name: str, plugin: Plugin) -> None:
-        """What pluggy accepts in silence: misspelt names, unmarked methods, defaults, keyword-only parameters."""
+        """What pluggy accepts in silence: misspelt names, unmarked methods, defaults, keyword-only parameters; and its
+        options (wrappers, orders of its own), which binding would not follow.
+        """
         specs = _spec_parameters()
         for name, method in inspect.getmembers(plugin, inspect.ismethod):
             if name.startswith("_"):
@@ -143,6 +145,14 @@ class Host:
                 near = get_close_matches(name, specs, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
                 raise PluginError(plugin_name, name, f"there is no hook called '{name}'{hint}")
+            chosen = sorted(option for option, value in getattr(method, f"{PROJECT}_impl").items() if value)
+            if chosen:
+                raise PluginError(
+                    plugin_name,
+                    name,
+                    f"@hookimpl takes no options here, got {', '.join(chosen)}: the recipe's order decides, and "
+                    "around_... hooks wrap",
+                )
             for parameter in inspect.signature(method).parameters.values():
                 if parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY:
                     raise PluginError(
@@ -162,10 +172,10 @@ def guard(plugin: str, hook: str, function: Callable[..., Any]) -> Callable[...,
     def call(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (CamshaftError, MemoryError):
+        except CamshaftError:
             raise
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's own, which the core tells users apart
+            if is_out_of_memory(error):  # has an exit status of its own
                 raise
             raise PluginError(plugin, hook, f"{type(error).__name__}: {error}") from error
 

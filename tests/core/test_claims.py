@@ -3,6 +3,7 @@
 import pytest
 
 from camshaft.claims import Claim, Plan, check, overlap
+from camshaft.errors import PluginError
 from camshaft.mesh import MeshShape
 from camshaft.recipe.schema import Parallel
 
@@ -48,6 +49,26 @@ def test_other_axes_resources_and_targets_do_not_collide():
         "attention": Plan(claims=(Claim("module.recompute", target="*.self_attn"),)),
     }
     assert check(plans, mesh(4, tensor_parallel=2)) == []
+
+
+def test_one_plugin_may_claim_names_that_overlap():
+    claims = (Claim("parameter.layout", "tp", "*.q_proj.*"), Claim("parameter.layout", "tp", "*.k_proj.*"))
+    assert check({"tensor": Plan(claims=claims)}, mesh(2, tensor_parallel=2)) == []
+    other = Plan(claims=(Claim("parameter.layout", "tp", "model.layers.0.self_attn.q_proj.weight"),))
+    (problem,) = check({"tensor": Plan(claims=claims), "other": other}, mesh(2, tensor_parallel=2))
+    assert "'tensor' and 'other' both claim" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        (Claim("gradients.reduce", "dp"), "claims 'gradients.reduce', which is no resource; .*gradient.reduce"),
+        (Claim("gradient.reduce", "data"), "claims gradient.reduce@data on an axis .*there are: pp, dp, cp, tp"),
+    ],
+)
+def test_a_claim_on_what_does_not_exist_is_the_plugins_fault(claim, words):
+    with pytest.raises(PluginError, match=f"plugin 'typo', hook 'plan': {words}"):
+        check({"typo": Plan(claims=(claim,))}, mesh())
 
 
 def test_an_axis_that_nobody_claims_is_refused():

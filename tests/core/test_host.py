@@ -120,6 +120,17 @@ def test_defaults_keyword_only_and_unknown_parameters_are_refused():
             Host({"p": plugin})
 
 
+@pytest.mark.parametrize("option", ["wrapper", "tryfirst", "trylast", "optionalhook"])
+def test_pluggys_own_options_are_refused_since_nothing_would_follow_them(option):
+    class Wraps(camshaft.Plugin):
+        @camshaft.hookimpl(**{option: True})
+        def post_step(self, state):
+            yield
+
+    with pytest.raises(PluginError, match=f"plugin 'w', hook 'post_step': .*takes no options here, got {option}"):
+        Host({"w": Wraps()})
+
+
 def test_errors_carry_plugin_and_hook():
     class Raises(camshaft.Plugin):
         @camshaft.hookimpl
