@@ -24,7 +24,10 @@ def test_policies(option, param, compute):
     assert (chosen.param, chosen.compute, chosen.reduce, chosen.master) == (param, compute, param, param)
 
 
-@pytest.mark.parametrize(("flags", "compute"), [("flags : fpu amx_bf16 amx_tile", "bf16"), ("flags : fpu", "fp32")])
+@pytest.mark.parametrize(
+    ("flags", "compute"),
+    [("flags : fpu amx_bf16 amx_tile", "bf16"), ("flags : fpu avx512_bf16", "bf16"), ("flags : fpu", "fp32")],
+)
 def test_auto_takes_bf16_where_the_cpu_is_fast_at_it(monkeypatch, tmp_path, flags, compute):
     (tmp_path / "cpuinfo").write_text(flags)
     monkeypatch.setattr(module, "Path", lambda _: tmp_path / "cpuinfo")
