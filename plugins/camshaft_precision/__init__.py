@@ -3,7 +3,8 @@
 - ``fp64``: everything, for proofs.  - ``fp32``: everything.
 - ``bf16``: matrix products in bf16 (autocast); weights, gradients, their reduction and the optimizer in fp32, so the
   weights that the model holds are the fp32 masters. Memory: the same as fp32 plus a bf16 copy of the weights in use.
-- ``auto``: bf16 where the device is fast at it (NVIDIA from compute capability 8.0, CPUs with AMX or AVX-512 bf16), else fp32.
+- ``auto``: bf16 where the device is fast at it (NVIDIA from compute capability 8.0, CPUs with AMX or AVX-512 bf16),
+  else fp32.
 """
 
 from __future__ import annotations
