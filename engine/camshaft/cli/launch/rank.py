@@ -17,6 +17,7 @@ from typing import IO, NoReturn
 
 from camshaft.cli.launch import exits, terminal
 from camshaft.cli.launch.heartbeat import Heartbeat
+from camshaft.cli.launch.logs import messages
 from camshaft.cli.launch.watch import StopSignal, Watchdog, watch_list
 from camshaft.distributed import JOB_VARIABLE, forget_meeting
 from camshaft.environment import Environment
@@ -160,7 +161,8 @@ def supervised(environment: Environment, work: Callable[[Station], int]) -> int:
     try:
         if front is not None:
             station.enter(RunDirectory(front.run))
-        status = work(station)
+        with messages(station.note, show=environment.rank == 0):
+            status = work(station)
     except BaseException as error:
         status, kind = _ended(station, error)
         station.tell(error, kind)
@@ -176,7 +178,8 @@ def supervised(environment: Environment, work: Callable[[Station], int]) -> int:
 
 def _alone(station: Station, work: Callable[[Station], int]) -> int:
     try:
-        status = work(station)
+        with messages(station.note, show=True):
+            status = work(station)
     except BaseException as error:
         _ended(station, error)
         raise
