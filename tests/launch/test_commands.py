@@ -16,7 +16,7 @@ TARGET = Target("camshaft", ("train", "my recipe.yaml", "a.b=1"))
 
 
 def line(launcher, environ=None, processes=2):
-    return command_line(launcher, processes, TARGET, job=Path("/tmp/job-1"), port=4711, environ=environ or {})
+    return command_line(launcher, processes, TARGET, job=Path("/run/job-1"), port=4711, environ=environ or {})
 
 
 def test_deepspeed():
@@ -32,7 +32,7 @@ def test_deepspeed():
 def test_torchrun_meets_in_a_private_file():
     words = line("torchrun")
     assert Path(words[0]).name == "torchrun" and "--nproc-per-node=2" in words
-    assert "--rdzv-conf=store_type=file" in words and "--rdzv-endpoint=/tmp/job-1/agents" in words
+    assert "--rdzv-conf=store_type=file" in words and "--rdzv-endpoint=/run/job-1/agents" in words
     assert words[-5:] == ["-m", "camshaft", "train", "my recipe.yaml", "a.b=1"]
 
 

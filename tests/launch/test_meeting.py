@@ -127,11 +127,11 @@ def test_control_of_one_process_returns_what_it_got():
 def test_text_of_rank_0_reaches_all(folder):
     def body(environment, folder):
         connect(environment, "cpu", 20)
-        found = [share_text(environment, text if environment.rank == 0 else None) for text in ("läuft in /tmp/x y", "")]
+        found = [share_text(environment, text if environment.rank == 0 else None) for text in ("läuft in /run/x y", "")]
         disconnect()
         return found
 
-    assert ranks(body, folder) == [["läuft in /tmp/x y", ""]] * 2
+    assert ranks(body, folder) == [["läuft in /run/x y", ""]] * 2
     assert share_text(Environment(), "alone") == "alone"
 
 

@@ -54,11 +54,7 @@ def next_steps(state: State, recipe_path: str) -> list[tuple[str, str]]:
     if recipe.training.max_steps is not None:
         longer = 2 * recipe.training.max_steps
         steps.append((f"camshaft train {recipe_path} training.max_steps={longer}", "the same run, twice as long"))
-    if state.world.world_size == 1:
-        steps.append(
-            (f"camshaft train {recipe_path} launch.processes=2 plugins.ddp={{}}", "two processes, same losses")
-        )
-    else:
+    if state.world.world_size > 1:
         other = "torchrun" if recipe.launch.launcher == "deepspeed" else "deepspeed"
         steps.append((f"camshaft train {recipe_path} launch.launcher={other}", "another launcher, same losses"))
     return steps
