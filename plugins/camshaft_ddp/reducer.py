@@ -36,6 +36,7 @@ class Reducer:
         self._names = {parameter: name for name, parameter in self._named.items()}
         self._seen: list[Parameter] | None = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.buckets: list[Bucket] = []
         # Backward runs roughly against the order of registration; the first window tells exactly.
         self._lay_out(list(reversed(self._named.values())))
 
@@ -56,6 +57,8 @@ class Reducer:
     def _lay_out(self, parameters: Sequence[Parameter]) -> None:
         for handle in self._handles:
             handle.remove()
+        # Let go of the old buffers first: each is a whole copy of the gradients.
+        self._handles, self.buckets = [], []
         self.buckets = fill(parameters, self._bucket_bytes)
         self._next = 0
         self._handles = [
@@ -71,6 +74,8 @@ class Reducer:
             if self._seen is not None and self._state.final_backward:
                 self._seen.append(parameter)  # type: ignore[arg-type]  # torch hands over the Parameter itself
             bucket.ready += 1
+            if bucket.ready > size:
+                raise self._twice(parameter)
             if bucket.ready == size:
                 bucket.adopt()
                 if self._state.final_backward:
@@ -79,6 +84,13 @@ class Reducer:
                         self._launch_complete()
 
         return ready
+
+    def _twice(self, parameter: Tensor) -> RuntimeError:
+        name = self._names[parameter]  # type: ignore[index]  # torch hands over the Parameter itself
+        return RuntimeError(
+            f"the gradient of '{name}' came after its bucket was full: backward made some gradient of this bucket "
+            "twice, as reentrant activation checkpointing does with a shared parameter; use use_reentrant=False"
+        )
 
     def _launch_complete(self) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].complete:
@@ -102,8 +114,7 @@ class Reducer:
     def release(self) -> None:
         """Drop all gradients; after the first window settle the order of the buckets."""
         self._next = 0
-        for bucket in self.buckets:
-            bucket.reset()
+        self._reset()
         if self._seen is not None:
             self._settle(self._seen)
 
@@ -121,6 +132,9 @@ class Reducer:
         """Remove every hook and let go of the buckets."""
         for handle in self._handles:
             handle.remove()
+        self._reset()
+        self._handles, self.buckets = [], []
+
+    def _reset(self) -> None:
         for bucket in self.buckets:
             bucket.reset()
-        self._handles, self.buckets = [], []

@@ -1,12 +1,15 @@
 """The reducer of ddp against sums made in one process: unused, tied, frozen, uneven and mixed parameters."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from camshaft.testing.ranks import run_ranks
+from camshaft.testing.ranks import RankFailed, run_ranks
+from camshaft_ddp import reducer as reducer_module
 from camshaft_ddp.bucket import ALIGNMENT, fill
 from camshaft_ddp.reducer import Reducer
 
@@ -175,3 +178,61 @@ def test_buckets_hold_one_dtype_and_respect_their_size():
     for bucket in buckets:
         assert len({p.dtype for p in bucket.parameters}) == 1
         assert all(view.storage_offset() % ALIGNMENT == 0 for view in bucket.views)
+
+
+def old_buffers_at_each_layout(rank, world_size):
+    """How many flat buffers of the last layout still exist when the next one is made."""
+    made, left = [], []
+
+    def watched(parameters, bucket_bytes):
+        left.append(sum(buffer() is not None for buffer in made))
+        buckets = fill(parameters, bucket_bytes)
+        made[:] = [weakref.ref(bucket.flat) for bucket in buckets]
+        return buckets
+
+    reducer_module.fill = watched
+    state, reducer = make(Toy(), world_size)
+    window(state, reducer, rank, 2)
+    reducer.release()
+    reducer.adopt_order(list(reversed(reducer.order)))
+    return left
+
+
+def test_a_new_layout_never_holds_two_copies_of_the_gradients():
+    assert run_ranks(2, old_buffers_at_each_layout) == [[0, 0, 0]] * 2
+
+
+class Shared(nn.Module):
+    """One weight used by two reentrantly checkpointed parts: backward makes its gradient in two pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.inner = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.outer = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x, reentrant):
+        hidden = x * self.outer
+        for _ in range(2):
+            hidden = checkpoint(lambda h: (h * self.shared + self.inner) ** 2, hidden, use_reentrant=reentrant)
+        return hidden.sum()
+
+
+def shared_and_recomputed(rank, world_size, reentrant):
+    state, reducer = make(Shared(), world_size)
+    state.final_backward = True
+    state.model(torch.full((3,), 1.0 + rank, dtype=torch.float64), reentrant).backward()
+    reducer.end_backward()
+    reducer.finish()
+    return {name: p.grad.clone() for name, p in state.model.named_parameters()}
+
+
+def test_a_gradient_that_comes_in_pieces_is_never_sent_in_part():
+    model = Shared()
+    for rank in range(2):
+        model(torch.full((3,), 1.0 + rank, dtype=torch.float64), False).backward()
+    for gradients in run_ranks(2, shared_and_recomputed, False):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RankFailed, match=r"gradient of '(shared|inner|outer)' came after its bucket was full"):
+        run_ranks(2, shared_and_recomputed, True)
