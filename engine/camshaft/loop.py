@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +17,15 @@ from camshaft.build import SINGLE, build
 from camshaft.data import prepare
 from camshaft.data.loader import Loader
 from camshaft.distributed import Control, check_agreement, connect, disconnect, pick_device
-from camshaft.errors import CamshaftError, Interrupted, NonFiniteLoss, OutOfMemory, PluginError, RecipeError
+from camshaft.errors import (
+    CamshaftError,
+    Interrupted,
+    NonFiniteLoss,
+    OutOfMemory,
+    PluginError,
+    RecipeError,
+    is_out_of_memory,
+)
 from camshaft.host import Host, distribution, installed
 from camshaft.mesh import Mesh
 from camshaft.meter import Meter
@@ -104,9 +113,11 @@ def session(
         status = "interrupted"
         raise
     finally:
-        if trainer is not None:
-            trainer.close(status)
-        disconnect(failed=status == "failed")
+        try:
+            if trainer is not None:
+                trainer.close(status)
+        finally:  # also when a plugin's close raised: the other ranks wait for this one to leave
+            disconnect(failed=status == "failed")
 
 
 def fingerprint(resolved: Resolved) -> str:
@@ -130,6 +141,8 @@ class Trainer:
         checked: Checked,
     ) -> None:
         if device.type == "cpu" or recipe.training.deterministic:
+            # cuBLAS reads this when it makes a handle, and torch refuses matrix products without it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         assert checked.mesh is not None and checked.batch is not None and checked.config is not None
@@ -188,7 +201,7 @@ class Trainer:
         total, stopped = state.world.total_steps, False
         if state.step == 0 and training.eval_every is not None:
             self.evaluate()
-        while total is None or state.step < total:
+        while state.step < total:
             heartbeat.beat(state.step, "data")
             state.window = state.loader.next()
             if state.window is None:
@@ -289,10 +302,10 @@ def out_of_memory() -> Iterator[None]:
         yield
     except CamshaftError:
         raise
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in text:
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
+        text = str(error)
         raise OutOfMemory(
             f"out of memory: {text.splitlines()[0] if text else type(error).__name__}. "
             "Lower batch.micro_batch_size (the global batch stays the same), or data.sequence_length"

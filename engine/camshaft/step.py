@@ -34,7 +34,8 @@ class Stepper:
         self._reduce = bind.event(host, "reduce")
         self._clip = bind.slot(host, "clip")
         self._lr = bind.slot(host, "lr")
-        self._release = bind.slot(host, "release") or (lambda state: state.optimizer.zero_grad())
+        self._parameters = tuple(state.model.parameters())
+        self._release = bind.slot(host, "release") or self._free
         self._step = bind.middleware(host, "around_step", state, self._innermost_step(host))
         self.post_step = bind.event(host, "post_step") or (lambda state: None)
         self._losses: list[Tensor | None] = [None] * world.batch.accumulation
@@ -117,6 +118,11 @@ class Stepper:
     def _do_clip(self, _: int) -> None:
         if self._clip is not None:
             self.state.grad_norm = self._clip(self.state)
+
+    def _free(self, _: State) -> None:
+        """Drop every gradient, also of parameters that train but are in no group of the optimizer."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _do_step(self, _: int) -> None:
         state = self.state

@@ -51,6 +51,7 @@ class Plugin(camshaft.Plugin):
     @camshaft.hookimpl
     def bind(self, state: State) -> None:
         """Put buckets under the gradients. With one data rank there is nothing to exchange, and nothing is done."""
+        self._parameters = tuple(state.model.parameters())
         mesh = state.world.mesh
         if mesh.degree("dp") == 1:
             return
@@ -79,12 +80,13 @@ class Plugin(camshaft.Plugin):
             self._reducer.finish()
 
     @camshaft.hookimpl
-    def release(self, state: State) -> None:
+    def release(self) -> None:
         """Drop the gradients; after the first window, order the buckets as backward filled them."""
-        if self._reducer is None:
-            state.optimizer.zero_grad()
-        else:
+        if self._reducer is not None:
             self._reducer.release()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @camshaft.hookimpl
     def state_dict(self) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from camshaft.claims import Claim, Plan
 from camshaft.distributed import Environment
-from camshaft.errors import Interrupted, NonFiniteLoss, OutOfMemory, PluginError
+from camshaft.errors import Interrupted, NonFiniteLoss, PluginError
 from camshaft.loop import run, session
 from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
@@ -251,18 +251,6 @@ class Exhausts(Plugin):
         raise self.error
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
-)
-def test_running_out_of_memory_has_its_own_status(make_recipe, error):
-    resolved = make_recipe(SETTINGS, training={"max_steps": 2, "log_every": 1})
-    from camshaft.loop import out_of_memory
-
-    with pytest.raises(OutOfMemory, match=r"batch\.micro_batch_size") as caught, out_of_memory():
-        trained(resolved, Exhausts(error))
-    assert caught.value.exit_status == 4
-
-
 class Asked:
     requested = 1
 
@@ -336,3 +324,27 @@ def test_random_numbers_differ_by_step_and_rank_and_repeat_by_run(make_recipe):
     first, second = run_ranks(2, draws, resolved)
     assert len(set(first) | set(second)) == 8
     assert run_ranks(2, draws, resolved) == [first, second]
+
+
+class TrainsTheNormOnly(Plugin):
+    """Takes parameters that get gradients out of the optimizer's groups."""
+
+    @hookimpl
+    def bind(self, state):
+        first, *rest = state.optimizer.param_groups
+        first["params"] = [state.model.model.norm.weight]
+        for group in rest:
+            group["params"] = []
+
+
+@pytest.mark.parametrize("ddp", [{"ddp": None}, {"ddp": {}}], ids=["no-ddp", "ddp"])
+def test_gradients_outside_the_optimizer_do_not_pile_up(make_recipe, ddp):
+    settings = {"sgd": {"lr": 0.1}, "clip": {"max_norm": 1e9}, "precision": {"compute": "fp64"}}
+    sections, observers = {"training": {"max_steps": 3, "log_every": 1}}, {"some": TrainsTheNormOnly()}
+    alone = record_ranks(make_recipe({**settings, **ddp}, **sections), 1, observers)[0]
+    both = record_ranks(make_recipe(settings, 2, accumulation=1, **sections), 2, observers)[0]
+    for one, other in zip(alone, both, strict=True):
+        assert one.norm == pytest.approx(other.norm, rel=1e-10)
+        for name, gradient in one.gradients.items():
+            torch.testing.assert_close(gradient, other.gradients[name], rtol=1e-8, atol=1e-12)
+    assert not torch.equal(alone[0].weights["model.norm.weight"], alone[2].weights["model.norm.weight"])

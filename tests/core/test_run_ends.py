@@ -1,0 +1,133 @@
+"""How a run ends when something goes wrong: who is told, what is closed, what has which status."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from camshaft import loop
+from camshaft.distributed import Environment
+from camshaft.errors import Interrupted, OutOfMemory, PluginError
+from camshaft.loop import out_of_memory, session
+from camshaft.plugin import Plugin, hookimpl
+from camshaft.rundir import RunDirectory
+from camshaft.testing.ranks import run_ranks
+from camshaft.testing.run import Quiet
+
+SETTINGS = {"sgd": {"lr": 0.1}, "clip": {"max_norm": 1.0}, "precision": {"compute": "fp32"}}
+TRAINING = {"max_steps": 1, "log_every": 1}
+
+
+class Closes(Plugin):
+    """Writes down that it was closed; may raise."""
+
+    def __init__(self, log, tag, error=None):
+        super().__init__()
+        self.log, self.tag, self.error = log, tag, error
+
+    @hookimpl
+    def close(self, status):
+        self.log.append((self.tag, status))
+        if self.error is not None:
+            raise self.error
+
+
+class Raises(Plugin):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    @hookimpl
+    def pre_forward(self):
+        raise self.error
+
+
+class Asked:
+    requested = 1
+
+
+def train(resolved, observers, stop=None, environment=None):
+    directory = RunDirectory(resolved.recipe.run.dir)
+    with session(resolved, environment or Environment(), directory, observers) as trainer:
+        trainer.train(Quiet(), stop or Quiet())
+
+
+def test_all_plugins_close_in_reverse_order_and_the_first_fault_is_told(make_recipe):
+    log = []
+    observers = {
+        "one": Closes(log, "one", ValueError("of one")),
+        "two": Closes(log, "two", ValueError("of two")),
+        "three": Closes(log, "three"),
+    }
+    with pytest.raises(PluginError, match="plugin 'two', hook 'close': ValueError: of two"):
+        train(make_recipe(SETTINGS, training=TRAINING), observers)
+    assert log == [("three", "finished"), ("two", "finished"), ("one", "finished")]
+
+
+def test_a_fault_while_closing_never_hides_the_fault_that_ended_the_run(make_recipe):
+    log = []
+    observers = {"first": Raises(ValueError("the cause")), "second": Closes(log, "second", ValueError("of close"))}
+    with pytest.raises(PluginError, match="plugin 'first', hook 'pre_forward': ValueError: the cause"):
+        train(make_recipe(SETTINGS, training=TRAINING), observers)
+    assert log == [("second", "failed")]
+
+
+def test_an_interrupt_from_the_keyboard_closes_everything(make_recipe):
+    log = []
+    observers = {"first": Raises(KeyboardInterrupt()), "second": Closes(log, "second")}
+    with pytest.raises(KeyboardInterrupt):
+        train(make_recipe(SETTINGS, training=TRAINING), observers)
+    assert log == [("second", "failed")]
+
+
+def test_a_stop_closes_as_interrupted(make_recipe):
+    log = []
+    with pytest.raises(Interrupted):
+        train(make_recipe(SETTINGS, training={"max_steps": 9, "log_every": 1}), {"c": Closes(log, "c")}, Asked())
+    assert log == [("c", "interrupted")]
+
+
+def close_fails_on_rank_one(rank, world_size, resolved):
+    environment = Environment(rank, rank, world_size, world_size, "torchrun")
+    observers = {"bad": Closes([], "bad", ValueError("disk full") if rank == 1 else None)}
+    try:
+        train(resolved, observers, environment=environment)
+    except PluginError as error:
+        return str(error), dist.is_initialized()
+    return "fine", dist.is_initialized()
+
+
+def test_a_rank_whose_plugin_fails_to_close_leaves_the_group_all_the_same(make_recipe):
+    resolved = make_recipe(SETTINGS, 2, training=TRAINING)
+    fine, failed = run_ranks(2, close_fails_on_rank_one, resolved, timeout_s=30)
+    assert fine == ("fine", False)
+    assert failed == ("plugin 'bad', hook 'close': ValueError: disk full", False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_inside_a_hook_is_no_fault_of_the_plugin(make_recipe, error):
+    with pytest.raises(OutOfMemory, match=r"batch\.micro_batch_size"), out_of_memory():
+        train(make_recipe(SETTINGS, training=TRAINING), {"hungry": Raises(error)})
+
+
+def test_other_errors_are_not_taken_for_memory(make_recipe):
+    with pytest.raises(PluginError, match="RuntimeError: shapes do not fit"), out_of_memory():
+        train(make_recipe(SETTINGS, training=TRAINING), {"broken": Raises(RuntimeError("shapes do not fit"))})
+    with pytest.raises(RuntimeError, match="shapes do not fit"), out_of_memory():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_deterministic_algorithms_get_the_workspace_that_cublas_needs(make_recipe, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "set so that it is restored")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    train(make_recipe(SETTINGS, training={**TRAINING, "deterministic": True}), {})
+    assert loop.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.are_deterministic_algorithms_enabled()
