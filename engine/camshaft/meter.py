@@ -74,6 +74,7 @@ class Meter:
         record["train/lr"] = state.lr
         record.update(self._rates())
         record.update(state.extras)
+        state.extras.clear()
         self.start()
         return record
 

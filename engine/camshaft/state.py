@@ -97,7 +97,7 @@ class State:
     consumed_tokens: int = 0
     last_record: Mapping[str, float | int] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
-    """Host numbers that plugins add to the next log record, under ``plugin/<name>/<metric>``."""
+    """Host numbers that plugins add to the next log record, under ``plugin/<name>/<metric>``; empty after it."""
     components: list[Component] = field(default_factory=list)
     """(plugin, state_dict, load_state_dict) of each plugin that has state of its own; filled by the build."""
 

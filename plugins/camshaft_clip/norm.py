@@ -17,21 +17,22 @@ def clip_(parameters: Sequence[Parameter], max_norm: float | None) -> Tensor:
     returned as it is: the core refuses it at the next log interval.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = global_norm(gradients)
+    norm = global_norm(gradients, parameters[0].device if parameters else None)
     if max_norm is not None and gradients:
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
     return norm
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
     """L2 norm over all gradients, each counted once.
 
     Gradients that are DTensors contribute their local shard; the squares are then summed over the mesh axes that they
-    are sharded on, one reduction for each distinct layout. Replicated and plain ones are counted locally.
+    are sharded on, one reduction for each distinct layout. Replicated and plain ones are counted locally. Without any
+    gradient it is 0 on ``device``.
     """
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), device=device)
     layouts: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         layouts.setdefault(_layout(gradient), []).append(gradient)

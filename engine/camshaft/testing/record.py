@@ -54,7 +54,7 @@ class Probe(Plugin):
                 norm=None if state.grad_norm is None else float(state.grad_norm),
                 weights=weights(state.model),
                 optimizer=optimizer_state(state.model, state.optimizer),
-                loss=loss / weight,
+                loss=loss / max(weight, 1.0),
                 lr=state.lr,
             )
         )
