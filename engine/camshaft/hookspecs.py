@@ -136,19 +136,24 @@ class StepHooks:
 
     @hookspec
     def pre_forward(self, state: State, batch: Batch) -> None:
-        """Event. Before the forward of one microbatch, in training only; may change the batch. Since hook API 1."""
+        """Event. Before the forward of one microbatch, in training only; may change the batch, but not how many labels
+        count: the sum that divides the loss is already under way. Since hook API 1.
+        """
         raise AssertionError
 
     @hookspec
     def around_forward(self, state: State, call: Forward) -> Forward:
-        """Middleware. Wrap the forward (autocast, ranges); also used by evaluation. Since hook API 1."""
+        """Middleware. Wrap the forward (autocast, ranges); also used by evaluation.
+
+        Called once, before ``bind``: what it returns runs each time. Since hook API 1.
+        """
         raise AssertionError
 
     @hookspec
     def post_backward(self, state: State) -> None:
         """Event. After the backward of one microbatch; ``state.final_backward`` marks the window's last.
 
-        Since hook API 1.
+        Leave gradients alone here: an owner may already be sending them. Since hook API 1.
         """
         raise AssertionError
 
@@ -156,7 +161,8 @@ class StepHooks:
     def reduce(self, state: State) -> None:
         """Event. Finish the reduction of gradients on every claimed axis.
 
-        When the last owner returns, gradients are the final sums that one process would have. Since hook API 1.
+        When the last owner returns, gradients are the final sums that one process would have. To read or change them,
+        come after the owners in the recipe. Since hook API 1.
         """
         raise AssertionError
 
@@ -175,7 +181,10 @@ class StepHooks:
 
     @hookspec
     def around_step(self, state: State, call: Step) -> Step:
-        """Middleware. Wrap the optimizer step (loss scaling, parameter gathering). Since hook API 1."""
+        """Middleware. Wrap the optimizer step (loss scaling, parameter gathering).
+
+        Called once, before ``bind``: what it returns runs in each step. Since hook API 1.
+        """
         raise AssertionError
 
     @hookspec
@@ -187,7 +196,7 @@ class StepHooks:
     def release(self, state: State) -> None:
         """Slot. Make the gradients ready for the next window.
 
-        Without an owner: ``state.optimizer.zero_grad()``, which frees them. Since hook API 1.
+        Without an owner every parameter's gradient is freed. Since hook API 1.
         """
         raise AssertionError
 
@@ -218,9 +227,10 @@ class RunHooks:
 
     @hookspec
     def log(self, state: State, record: LogRecord) -> None:
-        """Event. A record of metrics, on every rank, with equal values; trackers write on rank 0 only.
+        """Event. A record of metrics, on every rank; trackers write on rank 0 only.
 
-        Keys are metric names (``train/loss``), values host numbers. Every record has ``progress/global_step``;
+        Keys are metric names (``train/loss``), values host numbers: ``train/``, ``eval/`` and ``progress/`` are
+        equal on all ranks, ``perf/`` and ``memory/`` are the rank's own. Every record has ``progress/global_step``;
         evaluation records hold ``eval/...`` instead of ``train/...``. Since hook API 1.
         """
         raise AssertionError
