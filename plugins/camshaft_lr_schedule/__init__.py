@@ -43,15 +43,7 @@ class Plugin(camshaft.Plugin):
         """Refuse a warm-up longer than the run, and options that their type does not read."""
         options, key = self.options, f"plugins.{self.name}"
         steps = context.recipe.training.max_steps
-        problems = []
-        if steps is not None and options.warmup_steps >= steps:
-            problems.append(
-                camshaft.Problem(
-                    f"a warm-up of {options.warmup_steps} steps does not end within the run's {steps} steps",
-                    key=f"{key}.warmup_steps",
-                    fix=f"set it below training.max_steps, for example {max(steps // 10, 1)}",
-                )
-            )
+        problems = [] if steps is None else self._against_length(steps)
         if options.warmup_ratio is not None and "warmup_steps" in options.model_fields_set:
             problems.append(
                 camshaft.Problem(
@@ -81,8 +73,41 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def bind(self, state: State) -> None:
-        """Take the length of the run."""
+        """Take the length of the run.
+
+        Raises:
+            RecipeError: the warm-up does not fit; only the data told how long a run of epochs or tokens is.
+        """
         self.total = state.world.total_steps
+        problems = self._against_length(self.total)
+        if problems:
+            raise camshaft.RecipeError(problems)
+
+    def _against_length(self, steps: int) -> list[camshaft.Problem]:
+        """What does not fit into a run of ``steps`` steps: the warm-up, or the decay of ``wsd`` after it."""
+        options, key = self.options, f"plugins.{self.name}"
+        warmup = options.warmup_steps
+        if options.warmup_ratio is None and warmup >= steps:
+            return [
+                camshaft.Problem(
+                    f"a warm-up of {warmup} steps does not end within the run's {steps} steps",
+                    key=f"{key}.warmup_steps",
+                    fix=f"set it below {steps}, for example {steps // 10}, or lengthen the run",
+                )
+            ]
+        if options.warmup_ratio is not None:
+            warmup = round(options.warmup_ratio * steps)
+        decay = max(round(options.wsd_decay_ratio * steps), 1)
+        if options.type == "wsd" and warmup and warmup + decay > steps:
+            return [
+                camshaft.Problem(
+                    f"a warm-up of {warmup} and a decay of {decay} steps do not fit into the run's {steps} steps:"
+                    " the rate would jump where they meet",
+                    key=f"{key}.wsd_decay_ratio",
+                    fix="lower it, or shorten the warm-up",
+                )
+            ]
+        return []
 
     @camshaft.hookimpl
     def lr(self, step: int) -> float:

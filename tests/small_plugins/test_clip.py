@@ -42,6 +42,19 @@ def test_parameters_without_a_gradient_are_left_out():
     assert float(clip_(made, 1.0)) == 0.0
 
 
+def test_without_any_gradient_the_norm_is_zero_where_the_parameters_are():
+    norm = clip_([nn.Parameter(torch.zeros(3, device="meta"))], 1.0)
+    assert norm.device.type == "meta" and norm.shape == ()
+    assert float(clip_([], 1.0)) == 0.0
+
+
+def test_a_norm_near_zero_does_not_blow_gradients_up():
+    made = parameters((3,))
+    made[0].grad.zero_()
+    clip_(made, 1e-12)
+    assert torch.equal(made[0].grad, torch.zeros(3, dtype=torch.float64))
+
+
 def test_low_precision_gradients_get_a_wide_norm():
     made = [nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))]
     made[0].grad = torch.full((4096,), 1.0, dtype=torch.bfloat16)

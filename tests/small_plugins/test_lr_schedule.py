@@ -2,10 +2,12 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from camshaft.claims import PlanContext
+from camshaft.errors import RecipeError
 from camshaft.mesh import MeshShape
 from camshaft.recipe.schema import Batch, Parallel, Recipe, Training
 from camshaft_lr_schedule import Options, Plugin
@@ -77,7 +79,27 @@ def test_options_that_do_nothing_or_cannot_work_are_refused():
     assert problems(10, type="cosine", wsd_decay_ratio=0.5)[0].key == "plugins.lr_schedule.wsd_decay_ratio"
     assert problems(10, warmup_steps=1, warmup_ratio=0.1)[0].key == "plugins.lr_schedule.warmup_ratio"
     assert problems(10, type="wsd", decay_steps=5)[0].key == "plugins.lr_schedule.decay_steps"
+    assert problems(10, type="wsd", warmup_steps=9)[0].key == "plugins.lr_schedule.wsd_decay_ratio"
+    assert problems(10, type="wsd", warmup_ratio=0.9)[0].key == "plugins.lr_schedule.wsd_decay_ratio"
+    assert problems(10, type="wsd", warmup_steps=8) == ()
     assert [p.key.rsplit(".", 1)[1] for p in problems(10, type="constant", min_lr_ratio=0.5, decay_steps=3)] == [
         "decay_steps",
         "min_lr_ratio",
     ]
+
+
+def test_a_warmup_is_held_against_the_length_that_only_the_data_told():
+    plugin = Plugin(Options(warmup_steps=20))
+    plugin.name = "lr_schedule"
+    plugin.bind(SimpleNamespace(world=SimpleNamespace(total_steps=21)))
+    assert plugin.lr(20) == 1.0
+    with pytest.raises(RecipeError, match="a warm-up of 20 steps does not end within the run's 20 steps"):
+        plugin.bind(SimpleNamespace(world=SimpleNamespace(total_steps=20)))
+
+
+@pytest.mark.parametrize(("length", "last"), [(1, 0), (2, 1), (7, 6)])
+def test_a_decay_starts_at_the_peak_and_takes_its_steps(length, last):
+    values = curve(20, type="linear", warmup_steps=3, decay_steps=length, min_lr_ratio=0.5)
+    assert values[2:4] == [1.0, 1.0]
+    assert values[3 + last] == (0.5 if length > 1 else 1.0)
+    assert values[3 + length :] == [0.5] * (17 - length)
