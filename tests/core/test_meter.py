@@ -26,20 +26,24 @@ class Keeps(Plugin):
 
     def __init__(self):
         super().__init__()
-        self.records, self.sums, self.modes = [], [], []
+        self.records, self.sums, self.losses, self.modes = [], [], [], []
 
     @hookimpl
     def around_forward(self, state, call):
         def forward(batch):
             self.modes.append(state.model.training)
-            return call(batch)
+            loss = call(batch)
+            if state.model.training:
+                self.losses.append(float(loss.detach()))
+            return loss
 
         return forward
 
     @hookimpl
     def around_step(self, state, call):
         def step():
-            self.sums.append((float(state.loss), state.window.weight))
+            self.sums.append((sum(self.losses), sum(int((b.labels >= 0).sum()) for b in state.window.batches)))
+            self.losses = []
             call()
 
         return step
