@@ -98,16 +98,21 @@ def roles(model: Module) -> dict[str, str]:
 
 
 def layouts(model: Module) -> dict[str, Layout]:
-    """Layout of each parameter as seen from outside; DTensors tell their placements."""
+    """Layout of each parameter as seen from outside; DTensors tell their placements, and on which axes."""
     return {
         name: Layout(
             tuple(parameter.shape),
-            str(getattr(parameter, "placements", "")),
+            _placement(parameter),
             parameter.dtype,
             parameter.requires_grad,
         )
         for name, parameter in model.named_parameters()
     }
+
+
+def _placement(parameter: torch.nn.Parameter) -> str:
+    mesh = getattr(parameter, "device_mesh", None)
+    return "" if mesh is None else f"{getattr(parameter, 'placements', '')} on {mesh.mesh_dim_names}"
 
 
 def _chain(host: Host, phase: str, world: World, model: Module, plans: Mapping[str, Plan]) -> None:

@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from camshaft import loop
 from camshaft.distributed import Environment
-from camshaft.errors import Interrupted, OutOfMemory, PluginError
-from camshaft.loop import out_of_memory, session
+from camshaft.errors import Interrupted, MachineError, NonFiniteLoss, OutOfMemory, PluginError
+from camshaft.loop import out_of_memory, run, session
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import run_ranks
@@ -131,3 +131,109 @@ def test_deterministic_algorithms_get_the_workspace_that_cublas_needs(make_recip
     train(make_recipe(SETTINGS, training={**TRAINING, "deterministic": True}), {})
     assert loop.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.are_deterministic_algorithms_enabled()
+
+
+class Explodes(Plugin):
+    """Makes one gradient infinite in the step after ``at``; the loss of that step is still finite."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.seen = at, []
+
+    @hookimpl
+    def reduce(self, state):
+        if state.step == self.at:
+            state.model.model.norm.weight.grad[0] = float("inf")
+
+    @hookimpl
+    def log(self, state, record):
+        self.seen.append((state.step, record["train/grad_norm"]))
+
+
+def test_an_infinite_gradient_ends_the_run_while_the_loss_is_finite_and_trackers_see_it(make_recipe):
+    explodes = Explodes(1)
+    with pytest.raises(NonFiniteLoss, match="train/grad_norm is inf at step 2") as caught:
+        train(make_recipe(SETTINGS, training={"max_steps": 9, "log_every": 1}), {"explodes": explodes})
+    assert caught.value.exit_status == 5
+    assert [step for step, _ in explodes.seen] == [1, 2] and explodes.seen[-1][1] == float("inf")
+
+
+class Saves(Plugin):
+    """Owns ``save`` and ``load``: remembers when it was asked, and starts at a given sample."""
+
+    def __init__(self, start=0):
+        super().__init__()
+        self.start, self.saved, self.first_rows = start, [], []
+
+    @hookimpl
+    def load(self, state):
+        state.step, state.consumed_samples = self.start, 12 * self.start
+        return self.start > 0
+
+    @hookimpl
+    def save(self, state):
+        self.saved.append((state.step, state.consumed_samples))
+
+    @hookimpl
+    def pre_forward(self, state, batch):
+        self.first_rows.append(batch.tokens[0].tolist())
+
+
+def test_the_end_and_a_stop_are_saved_and_a_loaded_run_reads_on_where_it_was(make_recipe):
+    resolved = make_recipe(SETTINGS, accumulation=1, training={"max_steps": 3, "log_every": 9})
+    whole, stopped, later = Saves(), Saves(), Saves(2)
+    train(resolved, {"saves": whole})
+    assert whole.saved == [(3, 36)] and len(whole.first_rows) == 3
+    with pytest.raises(Interrupted, match="after step 1; a checkpoint was written"):
+        train(resolved, {"saves": stopped}, Asked())
+    assert stopped.saved == [(1, 12)]
+    train(resolved, {"saves": later})
+    assert later.saved == [(3, 36)] and later.first_rows == whole.first_rows[2:]
+
+
+class LogsSteps(Plugin):
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    @hookimpl
+    def log(self, state):
+        self.steps.append(state.step)
+
+
+def test_the_last_step_and_a_step_that_is_stopped_are_logged_whatever_the_interval(make_recipe):
+    logs = LogsSteps()
+    train(make_recipe(SETTINGS, training={"max_steps": 5, "log_every": 2}), {"logs": logs})
+    assert logs.steps == [2, 4, 5]
+    logs = LogsSteps()
+    with pytest.raises(Interrupted):
+        train(make_recipe(SETTINGS, training={"max_steps": 5, "log_every": 2}), {"logs": logs}, Asked())
+    assert logs.steps == [1]
+
+
+def disagree(rank, world_size, resolved, other):
+    environment = Environment(rank, rank, world_size, world_size, "torchrun")
+    try:
+        train(resolved if rank == 0 else other, {}, environment=environment)
+    except MachineError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_with_different_recipes_never_train_together(make_recipe):
+    resolved = make_recipe(SETTINGS, 2, training=TRAINING)
+    other = make_recipe({**SETTINGS, "sgd": {"lr": 0.2}}, 2, training=TRAINING)
+    for told in run_ranks(2, disagree, resolved, other, timeout_s=30):
+        assert "rank(s) 1 have another recipe" in told
+
+
+def main_closes(rank, world_size, resolved):
+    environment = Environment(rank, rank, world_size, world_size, "torchrun")
+    shown = []
+    directory = RunDirectory(resolved.recipe.run.dir)
+    run(resolved, environment, directory, Quiet(), Quiet(), lambda *given: shown.append(len(given)))
+    return shown
+
+
+def test_only_rank_0_shows_the_closing(make_recipe):
+    assert run_ranks(2, main_closes, make_recipe(SETTINGS, 2, training=TRAINING), timeout_s=30) == [[2], []]
