@@ -146,7 +146,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         assert checked.mesh is not None and checked.batch is not None and checked.config is not None
-        mesh = Mesh.connect(checked.mesh, environment.rank, device.type)
+        mesh = Mesh.connect(checked.mesh, environment.rank, device.type, recipe.launch.group_timeout_s)
         batch = checked.batch
         self.data, self.directory = data, directory
         self.samples = sample_limit(recipe, len(data.train))
@@ -207,7 +207,7 @@ class Trainer:
             if state.window is None:
                 break
             heartbeat.beat(state.step, "step")
-            self.stepper.run(stop.requested > 0)
+            self.stepper.run(stop.requested > 0, heartbeat.beat)
             self.meter.count(state.window.tokens)
             stopped = self.stepper.stop_votes > 0
             last = stopped or state.step == total

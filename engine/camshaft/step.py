@@ -14,7 +14,20 @@ from camshaft.host import Host
 from camshaft.program import Action, Kind
 from camshaft.state import State
 
-Bound = tuple[tuple[Callable[[int], None], int], ...]
+Bound = tuple[tuple[Callable[[int], None], int, str], ...]
+Beat = Callable[[int, str], None]
+PHASES = {
+    Kind.F: "forward",
+    Kind.B: "backward",
+    Kind.REDUCE: "reduce",
+    Kind.CLIP: "clip",
+    Kind.STEP: "optimizer",
+}
+"""What a rank is said to be doing during an action."""
+
+
+def silent(step: int, phase: str) -> None:
+    """A beat that nobody hears."""
 
 
 class Stepper:
@@ -46,15 +59,19 @@ class Stepper:
         for group in state.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
-    def run(self, stop_requested: bool) -> None:
-        """Run one window; ``state.window`` is set. ``stop_votes`` then tells how many ranks were asked to stop."""
+    def run(self, stop_requested: bool, beat: Beat = silent) -> None:
+        """Run one window; ``state.window`` is set. ``stop_votes`` then tells how many ranks were asked to stop.
+
+        ``beat`` is told what comes next, so that a rank that dies can be said to have died there.
+        """
         state = self.state
         assert state.window is not None
         state.control.start((state.window.weight, int(stop_requested)))
         state.loss = None
         self._scale = None
         seed_step(state)
-        for call, microbatch in self.program:
+        for call, microbatch, phase in self.program:
+            beat(state.step, phase)
             call(microbatch)
 
     def _bind(self, host: Host, program: tuple[Action, ...]) -> Bound:
@@ -74,7 +91,7 @@ class Stepper:
         missing = sorted({action.kind.name for action in program if action.kind not in table})
         if missing:
             raise PluginError("?", "handlers", f"the program has actions that nobody runs: {', '.join(missing)}")
-        return tuple((table[action.kind], action.microbatch) for action in program)
+        return tuple((table[action.kind], action.microbatch, PHASES.get(action.kind, "step")) for action in program)
 
     def _innermost_step(self, host: Host) -> Callable[[], None]:
         owner, state = bind.slot(host, "step"), self.state

@@ -1,6 +1,7 @@
 """The step: no pluggy call inside, every hook called when it says, defaults replaced by owners, faults stopped."""
 
 import collections
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,19 @@ def test_a_claimed_layout_may_change():
     _check_layouts("p", "shard_storage", before, layouts(model), Plan(claims=(Claim("parameter.layout", "dp", "w*"),)))
     with pytest.raises(PluginError, match="laid out 'weight' anew"):
         _check_layouts("p", "shard_storage", before, layouts(model), Plan(claims=(Claim("gradient.layout", "dp"),)))
+
+
+def test_a_rank_tells_what_it_is_about_to_do(make_recipe):
+    resolved = make_recipe(SETTINGS, accumulation=2, training={"max_steps": 1, "log_every": 1})
+    beats = []
+    heartbeat = SimpleNamespace(beat=lambda step, phase: beats.append((step, phase)))
+    with session(resolved, ALONE, RunDirectory(resolved.recipe.run.dir)) as trainer:
+        trainer.train(heartbeat, Quiet())
+    window = ["step", "forward", "backward", "forward", "backward", "reduce", "clip", "optimizer"]
+    assert beats == [(0, "data"), *((0, phase) for phase in window), (1, "log"), (1, "save")]
+    from camshaft.cli.launch.heartbeat import PHASES
+
+    assert {phase for _, phase in beats} <= set(PHASES), "the heartbeat knows every name"
 
 
 class Poisons(Plugin):

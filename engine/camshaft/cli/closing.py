@@ -50,7 +50,9 @@ def text_sample(state: State, data: Prepared) -> str:
 def next_steps(state: State, recipe_path: str) -> list[tuple[str, str]]:
     """Commands that make sense after this run, each with its reason."""
     recipe = state.world.recipe
-    steps = [(f"camshaft plan {recipe_path} --world-size 8", "who would own and send what on eight ranks")]
+    global_size = 8 * recipe.batch.micro_batch_size
+    eight = f"camshaft plan {recipe_path} --world-size 8 batch.global_batch_size={global_size}"
+    steps = [(eight, "who would own what, and do what, on eight ranks")]
     if recipe.training.max_steps is not None:
         longer = 2 * recipe.training.max_steps
         steps.append((f"camshaft train {recipe_path} training.max_steps={longer}", "the same run, twice as long"))
