@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from camshaft.errors import Problem, RecipeError
@@ -108,8 +109,11 @@ class Mesh:
         self.place = shape.coordinates(rank)
 
     @classmethod
-    def connect(cls, shape: MeshShape, rank: int, device_type: str) -> Mesh:
-        """Build the process groups. The default group must exist if there is more than one process."""
+    def connect(cls, shape: MeshShape, rank: int, device_type: str, timeout_s: int) -> Mesh:
+        """Build the process groups. The default group must exist if there is more than one process.
+
+        A collective of any of them waits ``timeout_s`` seconds for a peer, at most.
+        """
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -117,7 +121,10 @@ class Mesh:
             return cls(shape, rank, None)
         degrees = tuple(axis.degree for axis in shape.axes)
         names = tuple(axis.name for axis in shape.axes)
-        return cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names))
+        mesh = cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names))
+        for name in names:  # groups of a part of the ranks do not take over the default group's (gloo: 30 minutes)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), mesh.group(name))
+        return mesh
 
     def degree(self, axis: str) -> int:
         return self.shape[axis].degree
