@@ -6,8 +6,9 @@ once a window, whatever the accumulation. The engine has divided the loss by the
 the sum is final: nothing is averaged here.
 
 Invariant: after ``reduce`` every rank holds bit-equal gradients; a parameter that no rank used has none, as in one
-process. Memory: the gradients themselves (one copy), plus one element a parameter. Traffic a rank and step, for N ranks
-and P gradient elements: 2 (N-1)/N P elements. Claims the layout and the reduction of gradients on ``dp``.
+process. Memory: the gradients themselves (one copy), padded to 16 elements a parameter, and for a moment the fresh
+ones of buckets that backward has not filled yet. Traffic a rank and step, for N ranks and P gradient elements:
+2 (N-1)/N P elements. Claims the layout and the reduction of gradients on ``dp``.
 """
 
 from __future__ import annotations

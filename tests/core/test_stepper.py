@@ -62,7 +62,7 @@ def stub(parallel, world_size, *, rank=0, sums=(12, 0), values=(1.0, 3.0), step=
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
         control=Control(*sums),
-        window=SimpleNamespace(batches=batches, weight=6, samples=2, tokens=64),
+        window=SimpleNamespace(batches=batches, weight=6, samples=1, tokens=32),  # a short last one
         step=step,
         loss=None,
         lr=0.0,
@@ -86,7 +86,7 @@ def test_ranks_that_share_samples_count_their_weight_once(parallel, world_size, 
     assert stepper.total_weight == weight
     # Two microbatches of 1 and 3: the gradient is their sum over the weight, the rate 0.5.
     assert float(state.model.weight.detach()) == pytest.approx(2.0 - 0.5 * 4.0 / weight, rel=1e-15)
-    assert float(state.loss) == 8.0 and (state.step, state.consumed_samples, state.consumed_tokens) == (1, 2, 64)
+    assert float(state.loss) == 8.0 and (state.step, state.consumed_samples, state.consumed_tokens) == (1, 1, 32)
 
 
 def test_each_window_is_divided_by_its_own_weight_and_starts_its_loss_anew():
