@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from camshaft.recipe.json_schema import build
 from tools.docs import hooks, picture, readme, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +21,7 @@ def generate(root: Path) -> dict[Path, str]:
         docs / "recipe.md": recipe.page(),
         docs / "images" / "run-light.svg": picture.draw(picture.LIGHT),
         docs / "images" / "run-dark.svg": picture.draw(picture.DARK),
+        root / "recipes" / "recipe.schema.json": json.dumps(build(), indent=2) + "\n",
         root / "README.md": readme.refresh((root / "README.md").read_text(encoding="utf-8")),
     }
 
