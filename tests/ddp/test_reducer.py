@@ -240,3 +240,49 @@ def test_a_gradient_that_comes_in_pieces_is_never_sent_in_part():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)
     with pytest.raises(RankFailed, match=r"gradient of '(shared|inner|outer)' came after its bucket was full"):
         run_ranks(2, shared_and_recomputed, True)
+
+
+def test_every_bucket_is_filled_as_far_as_its_size_allows():
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (5, 5, 5, 5, 40, 5, 5)]
+    sizes = [[p.numel() for p in bucket.parameters] for bucket in fill(parameters, 40)]
+    assert sizes == [[5, 5], [5, 5], [40], [5, 5]], "40 bytes are ten elements; a larger parameter is alone"
+
+
+def started_in_backward(rank, world_size, overlap):
+    """How many buckets are on their way when backward ends, in three windows of two microbatches."""
+    state, reducer = make(nn.Sequential(*(nn.Linear(9, 9) for _ in range(4))), world_size, 200, overlap, torch.float32)
+    started = []
+    for _ in range(3):
+        for microbatch in range(2):
+            state.final_backward = microbatch == 1
+            state.model(torch.ones(1, 9)).sum().backward()
+            started.append(sum(bucket._work is not None for bucket in reducer.buckets))
+            reducer.end_backward()
+        reducer.finish()
+        reducer.release()
+    return started, len(reducer.buckets)
+
+
+def test_full_buckets_start_while_backward_runs_and_only_in_the_last_one():
+    for started, buckets in run_ranks(2, started_in_backward, True):
+        assert buckets == 8 and started == [0, 8, 0, 8, 0, 8]
+    for started, _ in run_ranks(2, started_in_backward, False):
+        assert started == [0] * 6
+
+
+def order_of_the_last_backward(rank, world_size):
+    state, reducer = make(Toy(), world_size)
+    x = torch.ones(2, 7, dtype=torch.float64)
+    for branch in (1, None):
+        state.final_backward = branch is None
+        state.model(x, branch).backward()
+        reducer.end_backward()
+    reducer.finish()
+    reducer.release()
+    return reducer.order
+
+
+def test_the_order_is_that_of_the_backward_in_which_buckets_are_sent():
+    for order in run_ranks(2, order_of_the_last_backward):
+        doubles = [name for name in order if name != "narrow"]
+        assert set(doubles[-3:]) == {"branch.0", "branch.1", "never"}, "untouched ones come last"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from camshaft.testing.ranks import run_ranks
 from camshaft_clip.norm import clip_, global_norm
@@ -99,3 +99,15 @@ def test_each_parameter_counts_once_whatever_axes_it_is_laid_out_on():
     for norm, whole, after in run_ranks(4, laid_out):
         assert norm == pytest.approx(whole, rel=1e-13)
         assert after == pytest.approx(0.5, rel=1e-5)
+
+
+def partial(rank, world_size):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    gradient = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    with pytest.raises(ValueError, match="still partial: it was not reduced before the norm"):
+        global_norm([gradient])
+    return True
+
+
+def test_a_gradient_that_was_never_reduced_is_refused():
+    assert run_ranks(2, partial) == [True, True]
