@@ -72,6 +72,8 @@ def test_a_claim_on_what_does_not_exist_is_the_plugins_fault(claim, words):
 
 
 def test_an_axis_that_nobody_claims_is_refused():
+    (problem,) = check({"adamw": Plan()}, mesh(2))
+    assert problem.key == "parallel.data_parallel" and "plugins.ddp: {}" in problem.fix
     (problem,) = check({"adamw": Plan()}, mesh(4, tensor_parallel=4))
     assert problem.key == "parallel.tensor_parallel" and "axis 'tp' has degree 4" in problem.message
 

@@ -48,6 +48,7 @@ def connected(rank, world_size):
         group = mesh.group(axis)
         seconds = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
         found[axis] = (torch.distributed.get_process_group_ranks(group), seconds)
+    torch.distributed.barrier()  # a rank that leaves early breaks the connections that others are still making
     return found, dict(mesh.place), mesh.degree("tp")
 
 
