@@ -67,7 +67,7 @@ def test_roles_of_a_foreign_model_fall_back_to_dimensions():
 @pytest.mark.parametrize(
     ("plugin", "kind"),
     [
-        (AdamW(AdamWOptions(lr=1e-3, betas=[0.8, 0.9], weight_decay=0.2)), torch.optim.AdamW),
+        (AdamW(AdamWOptions(lr=1e-3, betas=[0.8, 0.9], eps=1e-5, weight_decay=0.2)), torch.optim.AdamW),
         (SGD(SGDOptions(lr=1e-3, momentum=0.5, nesterov=True, weight_decay=0.2)), torch.optim.SGD),
     ],
 )
@@ -77,9 +77,19 @@ def test_options_reach_torch(plugin, kind):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert all(group["lr"] == 1e-3 and group["fused"] for group in optimizer.param_groups)
     if kind is torch.optim.AdamW:
-        assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+        assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["eps"] == 1e-5
     else:
         assert optimizer.param_groups[0]["momentum"] == 0.5 and optimizer.param_groups[0]["nesterov"]
+
+
+@pytest.mark.parametrize(
+    ("decays", "expected"), [(True, {"embed.weight", "linear.weight"}), (False, {"linear.weight"})]
+)
+def test_adamw_decays_embeddings_only_when_told(decays, expected):
+    model = Small()
+    plugin = AdamW(AdamWOptions(lr=1e-3, weight_decay=0.2, decay_embeddings=decays))
+    optimizer = plugin.optimizer(SimpleNamespace(roles=ROLES), model)
+    assert names(model, optimizer.param_groups[0]) == expected
 
 
 def test_nesterov_without_momentum_is_refused():

@@ -95,6 +95,7 @@ def _rank(
                 world_size=world_size,
                 timeout=timedelta(seconds=30),
             )
+            dist.barrier()  # a rank with nothing to say would be gone while its peers still connect to it
         report = pickle.dumps((True, function(rank, world_size, *arguments)))
     except BaseException:
         status = 1
