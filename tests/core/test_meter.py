@@ -131,17 +131,18 @@ def test_rates_are_means_over_the_interval_without_evaluation(make_recipe, monke
             clock.now += 1000.0
             return trainer.state.model(batch)
 
-        for interval in (1, 2):
+        trainer.state.world.world_size = 4  # tokens are counted over all ranks, and are not divided by them
+        for interval, seconds in (("first", 2.0), ("second", 8.0)):
             trainer.state.loader.wait_s += 0.5
             meter.count(384)
             meter.count(384)
             meter.evaluate(slow, trainer.data)
             assert trainer.state.model.training
-            clock.now += 2.0
+            clock.now += seconds
             record = meter.record()
-            assert record["perf/tokens_per_s"] == pytest.approx(384.0), interval
-            assert record["perf/step_time_s"] == pytest.approx(1.0)
-            assert record["perf/data_wait_frac"] == pytest.approx(0.25)
+            assert record["perf/tokens_per_s"] == pytest.approx(768 / seconds), interval
+            assert record["perf/step_time_s"] == pytest.approx(seconds / 2)
+            assert record["perf/data_wait_frac"] == pytest.approx(0.5 / seconds)
 
 
 def recipe(**training):

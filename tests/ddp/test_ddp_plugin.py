@@ -81,6 +81,7 @@ def closed(rank, world_size):
     summed = window(state, plugin)
     plugin.close()
     plugin.close()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in state.model.parameters())
     state.model(torch.ones(2, 10)).sum().backward()
     # Without hooks nothing is sent: the gradient is this rank's own, half the sum of two equal ranks.
     return [torch.allclose(2 * p.grad, total) for p, total in zip(state.model.parameters(), summed, strict=True)]
