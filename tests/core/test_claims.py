@@ -3,7 +3,7 @@
 import pytest
 
 from camshaft.claims import Claim, Plan, check, overlap
-from camshaft.errors import PluginError
+from camshaft.errors import PluginError, Problem
 from camshaft.mesh import MeshShape
 from camshaft.recipe.schema import Parallel
 
@@ -84,3 +84,9 @@ def test_requirements_must_be_provided():
     assert "'needs' needs 'elementwise_optimizer'" in problem.message
     plans["gives"] = Plan(provides=("elementwise_optimizer",))
     assert check(plans, mesh()) == []
+
+
+def test_a_plugins_own_problems_come_first_and_none_is_lost():
+    own = Problem("a size that does not divide", key="plugins.one.size")
+    plans = {"one": Plan(problems=(own,)), "two": Plan(requires=("nothing",))}
+    assert [problem.key for problem in check(plans, mesh(2))] == [own.key, "plugins.two", "parallel.data_parallel"]
