@@ -112,19 +112,29 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
             for fact in plan.requires
             if fact not in provided
         ]
-    claimed = {claim.axis for plan in plans.values() for claim in plan.claims}
-    problems += [
+    return problems + _unclaimed(plans, mesh)
+
+
+def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
+    """Axes along which ranks would train apart; along those that split the batch somebody must reduce gradients."""
+    claims = [claim for plan in plans.values() for claim in plan.claims]
+    claimed = {claim.axis for claim in claims}
+    reduced = {claim.axis for claim in claims if claim.resource == "gradient.reduce"}
+    return [
         Problem(
-            f"axis '{axis.name}' has degree {axis.degree}, and no enabled plugin claims it:"
-            " its ranks would train without ever exchanging anything",
+            f"axis '{axis.name}' has degree {axis.degree}, and no enabled plugin "
+            + (
+                "reduces gradients along it: its ranks would train apart on different samples"
+                if axis.name in claimed
+                else "claims it: its ranks would train without ever exchanging anything"
+            ),
             key=f"parallel.{axis.key}",
             fix=f"enable a plugin that works along '{axis.name}'"
             f"{' (plugins.ddp: {})' if axis.splits_batch else ''}, or set parallel.{axis.key}=1",
         )
         for axis in mesh.axes
-        if axis.degree > 1 and axis.name not in claimed
+        if axis.degree > 1 and axis.name not in (reduced if axis.splits_batch else claimed)
     ]
-    return problems
 
 
 def _check_words(name: str, plan: Plan, mesh: MeshShape) -> None:

@@ -174,6 +174,7 @@ class Trainer:
         self.host = host
         self.control = Control(environment, recipe.launch.group_timeout_s)
         self.state, self.program = build(self.host, world, checked.config, checked.plans, loader, self.control)
+        check_agreement(environment, f"{world.policy}")  # `auto` may choose otherwise on a node of another kind
         self.state.data_fingerprint = data.fingerprint
         self.state.components = components(self.host, self.state)
         self.stepper = Stepper(self.host, self.state, self.program)
@@ -209,7 +210,7 @@ class Trainer:
             heartbeat.beat(state.step, "step")
             self.stepper.run(stop.requested > 0, heartbeat.beat)
             self.meter.count(state.window.tokens)
-            stopped = self.stepper.stop_votes > 0
+            stopped = self.stepper.stop_votes > 0 and state.step < total  # in the last step there is nothing to stop
             last = stopped or state.step == total
             if state.step % training.log_every == 0 or last:
                 heartbeat.beat(state.step, "log")

@@ -78,6 +78,14 @@ def test_an_axis_that_nobody_claims_is_refused():
     assert problem.key == "parallel.tensor_parallel" and "axis 'tp' has degree 4" in problem.message
 
 
+def test_an_axis_that_splits_the_batch_needs_its_gradients_reduced():
+    plans = {"states": Plan(claims=(Claim("optimizer.layout", "dp"),))}
+    (problem,) = check(plans, mesh(2))
+    assert "no enabled plugin reduces gradients along it" in problem.message and "plugins.ddp" in problem.fix
+    plans["sums"] = Plan(claims=(Claim("gradient.reduce", "dp"),))
+    assert check(plans, mesh(2)) == []
+
+
 def test_requirements_must_be_provided():
     plans = {"needs": Plan(requires=("elementwise_optimizer",))}
     (problem,) = check(plans, mesh())

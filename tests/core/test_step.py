@@ -85,7 +85,7 @@ class Journal(Plugin):
 
 def test_hooks_run_in_the_documented_order(make_recipe):
     journal = Journal()
-    resolved = make_recipe(SETTINGS, accumulation=2, training={"max_steps": 2, "log_every": 1, "eval_every": 2})
+    resolved = make_recipe(SETTINGS, accumulation=2, training={"max_steps": 2, "log_every": 1})
     trained(resolved, journal)
     window = [
         "pre_forward0",
@@ -97,7 +97,7 @@ def test_hooks_run_in_the_documented_order(make_recipe):
         "reduce",
         "step",
     ]
-    assert [line for line in journal.lines if line != "eval"] == [
+    assert journal.lines == [
         "pre_run",
         *window,
         "log",
@@ -290,6 +290,13 @@ def stop_on_rank_one(rank, world_size, resolved):
         except Interrupted:
             return trainer.state.step
     return None
+
+
+def test_a_stop_in_the_last_step_is_a_finished_run(make_recipe):
+    resolved = make_recipe(SETTINGS, training={"max_steps": 1, "log_every": 5})
+    journal = Journal()
+    trained(resolved, journal, stop=Asked())
+    assert journal.lines[-1] == "close finished" and "log" in journal.lines
 
 
 def test_all_ranks_stop_in_the_same_step_when_one_is_asked(make_recipe):

@@ -64,6 +64,7 @@ def check(
     run.need({"parallel"}, lambda: run.set_mesh(processes))
     run.need({"batch", "parallel"}, lambda: run.set_batch(processes))
     run.need({"training"}, lambda: run.problems.extend(_stop(resolved.recipe)))
+    run.need({"training", "data"}, lambda: run.problems.extend(_evaluation(resolved.recipe)))
     run.need({"model"}, run.set_model)
     run.need({"tokenizer", "data"}, run.check_data)
     run.set_plugins(device)
@@ -190,6 +191,14 @@ def _whole(recipe: Recipe, degree: int) -> int:
             )
         )
     return total // (micro * degree)
+
+
+def _evaluation(recipe: Recipe) -> list[Problem]:
+    training, data = recipe.training, recipe.data
+    if training.eval_every is None or data.validation is not None or data.validation_fraction > 0:
+        return []
+    message = "there is nothing to evaluate on: data.validation is not set and data.validation_fraction is 0"
+    return [Problem(message, key="training.eval_every", fix="hold something out, or remove training.eval_every")]
 
 
 def _stop(recipe: Recipe) -> list[Problem]:
