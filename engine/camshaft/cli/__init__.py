@@ -7,7 +7,6 @@ invoked gets imported, so that ``validate`` never pays for what ``train`` needs.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from typing import NoReturn
 
 import typer
 
-from camshaft.errors import CamshaftError, RecipeError
+from camshaft.cli.streams import announce, secure, silence
+from camshaft.errors import CamshaftError, Interrupted, RecipeError
 
 COMMANDS = {
     "train": "Train what a recipe describes; starts its own ranks where the recipe asks for several.",
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command and return its exit status: see ``camshaft.errors``; 2 too for bad usage, 130 for Ctrl-C."""
+    secure()
     words = without_local_rank(argv)
     command = typer.main.get_command(_app(next((word for word in words if not word.startswith("-")), "")))
     try:
@@ -51,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         # The reader of a pipe has gone (``| head``): nothing is left to say, not even by the interpreter's exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 1
     except Exception as error:
         # Typer's usage errors have no importable base class that all supported versions share.
@@ -113,9 +114,10 @@ def _root(
 
 def _show(error: CamshaftError) -> None:
     """One ``error:`` line for each problem, on standard error, whatever characters a message quotes."""
+    head = "stopped" if isinstance(error, Interrupted) else "error"
     lines = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else [str(error)]
     for line in lines:
-        typer.echo(f"error: {_printable(line)}", err=True)
+        announce(f"{head}: {_printable(line)}", err=True)
 
 
 def _printable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from camshaft.cli.console import say
+from camshaft.cli.streams import announce
 
 if TYPE_CHECKING:
     from camshaft.data import Prepared
@@ -18,15 +18,15 @@ def show(state: State, data: Prepared, recipe_path: str) -> None:
     run = state.world.run
     sample = text_sample(state, data)
     if sample:
-        say(f"\nsample of the model after step {state.step}:\n  {sample}\n")
-    say(f"run          {run.path}")
-    say(f"metrics      {run.metrics}")
+        announce(f"\nsample of the model after step {state.step}:\n  {sample}\n")
+    announce(f"run          {run.path}")
+    announce(f"metrics      {run.metrics}")
     checkpoints = sorted(path for path in run.checkpoints.glob("step_*") if path.is_dir())
     if checkpoints:
-        say(f"checkpoint   {checkpoints[-1]}")
-    say("try next")
+        announce(f"checkpoint   {checkpoints[-1]}")
+    announce("try next")
     for line, why in next_steps(state, recipe_path):
-        say(f"  {line}\n      {why}")
+        announce(f"  {line}\n      {why}")
 
 
 def text_sample(state: State, data: Prepared) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+
+from camshaft.cli.streams import silence
+from camshaft.errors import MachineError
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 OverridesArgument = Annotated[
@@ -19,8 +23,19 @@ WorldSizeOption = Annotated[
 
 
 def say(text: str = "") -> None:
-    """Write a line to standard output."""
-    typer.echo(text)
+    """Write a line to standard output.
+
+    Raises:
+        BrokenPipeError: nobody reads any more.
+        MachineError: standard output cannot be written for another reason, a full disk for example.
+    """
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(sys.stdout)
+        raise MachineError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def warn(text: str) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from camshaft.cli.console import OverridesArgument, RecipeArgument, say
+from camshaft.cli.console import OverridesArgument, RecipeArgument
 from camshaft.cli.launch import heartbeat
 from camshaft.cli.launch.claim import begin, end, take
+from camshaft.cli.streams import announce
 from camshaft.environment import Environment, read_environment
 from camshaft.errors import (
     CamshaftError,
@@ -112,8 +113,8 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
         choice = take(resolved, fresh)
         stack.callback(choice.lock.release)
         line = _line(launch.launcher, processes, resolved, changes)
-        say(choice.message)
-        say(f"starting     {line}")
+        announce(choice.message)
+        announce(f"starting     {line}")
         begin(choice.directory, resolved, processes, line)
         ranks = Environment(world_size=processes, local_world_size=processes)
         threads = threads_per_rank(ranks, launch.threads_per_rank)
@@ -131,7 +132,6 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
             directory=choice.directory,
             environment=environ,
         )
-        sys.stdout.flush()
         outcome = supervise(job, stop)
         end(choice.directory, outcome.status)
     if outcome.status:
@@ -230,7 +230,7 @@ def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack
             choice = take(resolved, fresh)
             stack.callback(choice.lock.release)
             heartbeat.create(choice.directory.heartbeat, environment.world_size)
-            say(choice.message)
+            announce(choice.message)
             answer = {"path": str(choice.directory.path.resolve())}
         except MachineError as error:
             answer = {"error": str(error)}

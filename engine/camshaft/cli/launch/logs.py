@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from camshaft.cli.streams import put
+
 
 class Messages(logging.Handler):
     """Messages of ``camshaft`` and ``camshaft_*`` loggers from INFO up; libraries' own from WARNING up."""
@@ -28,7 +30,7 @@ class Messages(logging.Handler):
         self._keep(text)
         if self._show:
             # Looked up at every message: a live display puts its own stream there, so that lines do not mix.
-            sys.stderr.write(text + "\n")
+            put(sys.stderr, text)
 
 
 @contextmanager

@@ -13,12 +13,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NoReturn, TextIO
 
 from camshaft.cli.launch import exits, terminal
 from camshaft.cli.launch.heartbeat import Heartbeat
 from camshaft.cli.launch.logs import messages
 from camshaft.cli.launch.watch import StopSignal, Watchdog, watch_list
+from camshaft.cli.streams import put
 from camshaft.distributed import JOB_VARIABLE, forget_meeting
 from camshaft.environment import Environment
 from camshaft.errors import CamshaftError, Interrupted, RecipeError
@@ -57,7 +58,7 @@ class Station:
         self.stop = StopSignal(force=self.force, repeat_ends=front is None)
         self.directory: RunDirectory | None = None
         self._log: IO[str] | None = None
-        self._terminal: IO[str] = sys.stderr
+        self._terminal: TextIO = sys.stderr
         self._recorded = threading.Lock()
 
     def enter(self, directory: RunDirectory) -> None:
@@ -122,10 +123,9 @@ class Station:
             return
         head = "stopped" if isinstance(error, Interrupted) else f"error: rank {rank}" if rank else "error"
         for text in _lines_of(error):
-            self._terminal.write(f"{head}: {text}\n")
+            put(self._terminal, f"{head}: {text}")
         if kind == "connection" and self.directory is not None:
-            self._terminal.write(f"another rank ended first; its log is in {self.directory.logs}\n")
-        self._terminal.flush()
+            put(self._terminal, f"another rank ended first; its log is in {self.directory.logs}")
 
     def _is_first(self) -> bool:
         """Whether no other rank has told of an error of its own; rank 0 gets half a second to do so."""
