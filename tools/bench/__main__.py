@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("which", nargs="*", choices=["overhead", "data_parallel", []], default=[])
     parser.add_argument("--blocks", type=int, help="timed blocks of each contestant")
+    parser.add_argument("--case", action="append", default=[], help="only this case of data_parallel; may be repeated")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of bench.json and bench.md")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -70,7 +71,7 @@ def main() -> None:
     benchmarks = {"overhead": overhead.run, "data_parallel": data_parallel.run}
     results: dict[str, Any] = {"machine": machine()}
     for name in arguments.which or benchmarks:
-        results[name] = benchmarks[name](arguments.blocks)
+        results[name] = benchmarks[name](arguments.blocks, arguments.case)
     text = markdown(results)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,9 +31,9 @@ from tools.bench.setup import (
 )
 
 CASES = (
-    Case("tiny", {"preset": "llama-tiny"}, 128, 8, 1, "bf16", steps=10, blocks=16),
-    Case("tiny-accumulated", {"preset": "llama-tiny"}, 128, 4, 4, "bf16", steps=4, blocks=16),
-    Case("small", {"preset": "llama-small"}, 128, 4, 1, "bf16", steps=2, blocks=14),
+    Case("tiny", {"preset": "llama-tiny"}, 128, 8, 1, "bf16", steps=4, blocks=30),
+    Case("tiny-accumulated", {"preset": "llama-tiny"}, 128, 4, 4, "bf16", steps=2, blocks=30),
+    Case("small", {"preset": "llama-small"}, 128, 4, 1, "bf16", steps=1, blocks=24),
 )
 PEERS: dict[str, dict[str, Any]] = {
     "DDP": {},
@@ -99,10 +99,10 @@ def on_rank(rank: int, world_size: int, resolved: Resolved, case: Case, blocks: 
     return {"times": times, "losses": losses}
 
 
-def run(blocks: int | None = None) -> list[dict[str, Any]]:
-    """Every case on two forked ranks, one thread each."""
+def run(blocks: int | None = None, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every case, or those of these names, on two forked ranks, one thread each."""
     rows = []
-    for case in CASES:
+    for case in (case for case in CASES if not names or case.name in names):
         with scratch() as folder:
             resolved = recipe_of(case, 2, folder)
             prepare(resolved)

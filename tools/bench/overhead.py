@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ def hand_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loader:
     return total
 
 
-def run(blocks: int | None = None) -> dict[str, Any]:
-    """Interleave blocks of both loops over the same samples; losses must be equal to fp32's noise."""
+def run(blocks: int | None = None, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Interleave blocks of both loops over the same samples; losses must be equal to fp32's noise. One case only."""
+    del names
     torch.set_num_threads(1)
     with scratch() as folder:
         resolved = recipe_of(CASE, 1, folder)
