@@ -5,7 +5,7 @@ the seconds since 1970. Numbers keep every digit: what is read back equals what 
 values that are not finite are the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float()`` reads.
 
 Invariant: after a resume the file holds each step once. Lines later than the restored step belong to work that the
-run repeats, and are cut before the first new line is written. Claims nothing.
+run repeats; they move to ``metrics.cut.jsonl`` before the first new line is written. Claims nothing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,29 +66,43 @@ class Writer:
 def cut(path: Path, step: int) -> str:
     """Keep what a run at ``step`` has really done, and say what went; ``""`` when the file stays as it is.
 
-    Lines later than ``step`` go, and lines that are no JSON object (a writer killed in the middle of one). At step 0
-    nothing has been done yet, so every line goes. The file is replaced in one rename, and not touched otherwise.
+    Lines later than ``step`` go, at step 0 every line since nothing has been done yet: they are appended to
+    ``<name>.cut.jsonl`` beside it, for a run may have started anew by mistake. Lines that are no JSON object (a writer
+    killed in the middle of one) are dropped. The file is replaced in one rename, and not touched otherwise.
 
     Raises:
         OSError: the file cannot be read or replaced.
     """
     if not path.exists():
         return ""
-    later = torn = 0
+    removed, torn = [], 0
     temporary = path.with_name(path.name + ".tmp")
     with path.open("rb") as source, temporary.open("wb") as target:
         for line, found in _lines(source):
-            later += found is not None and _is_later(found, step)
-            torn += found is None
-            if found is not None and not _is_later(found, step):
-                target.write(line if line.endswith(b"\n") else line + b"\n")
+            whole = line if line.endswith(b"\n") else line + b"\n"
+            if found is None:
+                torn += 1
+            elif _is_later(found, step):
+                removed.append(whole)
+            else:
+                target.write(whole)
         target.flush()
         os.fsync(target.fileno())
     if temporary.stat().st_size == path.stat().st_size:
         temporary.unlink()
         return ""
+    aside = path.with_name(f"{path.stem}.cut{path.suffix}")
+    if removed:
+        _append(aside, removed)
     temporary.replace(path)
-    return _note(later, torn, step)
+    return _note(len(removed), torn, step, aside.name)
+
+
+def _append(path: Path, lines: Sequence[bytes]) -> None:
+    with path.open("ab") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _lines(source: Iterator[bytes]) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -105,7 +119,7 @@ def _is_later(record: Mapping[str, Any], step: int) -> bool:
     return step == 0 or int(record.get(STEP, 0)) > step
 
 
-def _note(later: int, torn: int, step: int) -> str:
-    parts = [f"{later} line(s) after step {step} cut, the run repeats them"] if later else []
+def _note(later: int, torn: int, step: int, aside: str) -> str:
+    parts = [f"{later} line(s) after step {step} cut and kept in {aside}, the run repeats them"] if later else []
     parts += [f"{torn} incomplete line(s) dropped"] if torn else []
     return "; ".join(parts)

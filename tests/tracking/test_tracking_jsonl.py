@@ -102,6 +102,28 @@ def test_a_start_from_nothing_in_a_used_directory_starts_a_new_file(make_state):
     assert _steps(state.world.run.metrics) == [0, 10]
 
 
+def test_what_is_cut_is_kept_beside_the_file_in_the_order_of_the_cuts(make_state, caplog):
+    """A run that starts anew by mistake in the directory of a finished one must not cost its record."""
+    _run(make_state(), [train_record(10), train_record(20), train_record(30)])
+    lines = make_state().world.run.metrics.read_bytes().splitlines(keepends=True)
+    _run(make_state(step=20), [])
+    _run(make_state(step=0), [train_record(10)])
+    metrics = make_state().world.run.metrics
+    assert metrics.with_name("metrics.cut.jsonl").read_bytes() == lines[2] + lines[0] + lines[1]
+    assert _steps(metrics) == [10]
+    assert "1 line(s) after step 20 cut and kept in metrics.cut.jsonl" in caplog.text
+
+
+def test_lines_that_cannot_be_kept_are_not_cut(make_state, caplog):
+    _run(make_state(), [train_record(10)])
+    metrics = make_state().world.run.metrics
+    before = metrics.read_bytes()
+    metrics.with_name("metrics.cut.jsonl").mkdir()
+    _run(make_state(step=0), [train_record(10)])
+    assert metrics.read_bytes() == before
+    assert "cannot be written" in caplog.text
+
+
 @pytest.mark.parametrize(
     "torn", [b'{"train/loss":5.1,"progress/glo', b"\xff\xfe", b'{"a":1}\n[1]\n', b'{"progress/global_step":"x"}']
 )
