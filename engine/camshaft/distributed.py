@@ -195,6 +195,9 @@ def set_threads(environment: Environment, setting: int | str) -> int:
     """Set the threads of this rank, before and after torch is imported; returns their number."""
     count = threads_per_rank(environment, setting)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
+    # Threads that wait for one another by spinning hold the cores that the others need: beside one other busy
+    # process, a small model on two cores ran at half its speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     torch.set_num_threads(count)

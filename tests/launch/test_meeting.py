@@ -210,6 +210,7 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path):
 def test_threads_do_not_depend_on_the_launcher(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # so that what set_threads sets is undone
     for launcher in ("none", "deepspeed", "torchrun", "slurm"):
         assert threads_per_rank(Environment(0, 0, 2, 2, launcher), "auto") == max(1, cores // 2)
         assert threads_per_rank(Environment(0, 0, 2, 2, launcher), 3) == 3
@@ -221,6 +222,16 @@ def test_threads_do_not_depend_on_the_launcher(monkeypatch):
     finally:
         torch.set_num_threads(before)
         monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_user_wants_otherwise(given, used):
+    """As torch's OpenMP reports it, which reads the environment once, when it is loaded."""
+    code = "from camshaft.distributed import Environment, set_threads; set_threads(Environment(), 2)"
+    environ = {name: value for name, value in clean_environment().items() if name != "OMP_WAIT_POLICY"}
+    environ |= {"OMP_DISPLAY_ENV": "true", **given}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert f"OMP_WAIT_POLICY = '{used}'" in done.stderr
 
 
 def test_ranks_bound_to_cores_of_their_own_use_all_of_them(tmp_path):
