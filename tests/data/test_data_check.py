@@ -70,6 +70,8 @@ def test_faults_of_text_are_found_before_it_is_tokenised(write, text, tmp_path):
     (tmp_path / "tiny.txt").write_text("tiny")
     cases = {
         ("missing.txt",): ("data.train.files.0", "missing.txt: there is no such file"),
+        (".",): ("data.train.files.0", ": is a folder"),
+        ("*.txt",): ("data.train.files.0", "*.txt: there is no such file"),
         ("blank.txt",): ("data.train.files", "corpus is empty"),
         ("text.jsonl", "latin.txt"): ("data.train.files.1", "latin.txt: is not UTF-8"),
         ("bad.jsonl",): ("data.train.files.0", "bad.jsonl:2: is not JSON"),

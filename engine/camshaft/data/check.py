@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from camshaft.data import sources
@@ -94,12 +95,21 @@ def _indexed(resolved: Resolved, key: str, part: BlendPart, scan_bytes: int) -> 
     return _short(resolved, key, data.tokens + data.documents)
 
 
+def _no_file(path: Path) -> tuple[str, str]:
+    """(message, fix) for a path of a text file that holds none."""
+    if path.is_dir():
+        return f"{path}: is a folder", "name the files in it one by one"
+    if "*" in path.name or "?" in path.name:
+        return f"{path}: there is no such file", "name the files one by one: patterns are not expanded"
+    return f"{path}: there is no such file", "correct the path"
+
+
 def _text(resolved: Resolved, key: str, source: TextData) -> list[Problem]:
     found, empty = [], True
     for number, name in enumerate(source.files):
         file_key, path = f"{key}.files.{number}", sources.locate(resolved, name)
         if not path.is_file():
-            found.append(resolved.problem(file_key, f"{path}: there is no such file", "correct the path"))
+            found.append(resolved.problem(file_key, *_no_file(path)))
             continue
         try:
             empty = not _some(TextFiles([path], source.json_key)) and empty

@@ -190,6 +190,11 @@ class _Builder:
         if scalars.unprintable(event.value):
             self.document.refuse(node, key, "the text holds control characters or half a surrogate pair", "remove them")
             node.value = ""
+        elif node.plain and not event.value and _is_section_of_a_plugin(key):
+            name = key.rpartition(".")[2]
+            fix = f"write '{name}: {{}}' for the defaults, or '{name}: null' to switch it off"
+            self.document.refuse(node, key, "the value is missing; null is written out", fix)
+            node.value = None
         elif node.plain:
             self._resolve(node, event.value, key)
 
@@ -204,3 +209,8 @@ class _Builder:
     def _fatal(self, event: Any, message: str, fix: str, key: str = "") -> RecipeError:
         place = _at(self.origin, event.start_mark.line)
         return RecipeError([*self.document.problems, place.place(Problem(message, key=key[:60], fix=fix))])
+
+
+def _is_section_of_a_plugin(key: str) -> bool:
+    """Whether an empty value at ``key`` would switch a plugin off that its author meant to switch on."""
+    return key.startswith("plugins.") and key.count(".") == 1

@@ -37,6 +37,16 @@ _BOUNDS = {
     "multiple_of": ("a multiple of", "multiple_of"),
 }
 _NUMBERS = frozenset({"a whole number", "a number"})
+_OTHER_NAMES = {
+    "gpu": "cuda",
+    "half": "bf16",
+    "fp16": "bf16",
+    "float16": "bf16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+}
+"""What other programs call a value, and what is meant; spelling alone would find ``cpu`` for ``gpu``."""
 _SWITCHES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
 
@@ -80,16 +90,24 @@ def _fix(expected: Sequence[str], choices: Sequence[str], value: Any) -> str:
         return "put it in quotes"
     if "a mapping" in expected and not isinstance(value, str):
         return "write {} for the defaults, or the keys below it"
-    return f"write {' or '.join(repr(choice) for choice in choices)}" if choices else ""
+    if not choices:
+        return ""
+    write = f"write {' or '.join(repr(choice) for choice in choices)}"
+    return f"{write}, or a mapping (its keys are in docs/recipe.md)" if "a mapping" in expected else write
 
 
 def _from_text(expected: Sequence[str], choices: Sequence[str], text: str) -> str:
     """What to write instead of a text."""
-    if near := nearest(text, choices):
+    near = _OTHER_NAMES.get(text.lower())
+    if near not in choices:
+        near = nearest(text, choices)
+    if near:
         return f"did you mean '{near}'?"
     if "true or false" in expected:
         meant = _SWITCHES.get(text.lower(), text.lower() if text.lower() in ("true", "false") else "")
         return f"write {meant} without quotes: YAML 1.2 reads {text} as a text" if meant else "write true or false"
+    if "a list" in expected and text:
+        return f"write a list: [{text}]"
     if not _NUMBERS.intersection(expected):
         return ""
     if scalars.is_number(text):
