@@ -202,6 +202,16 @@ class TestExplain:
         assert rows["batch.gradient_accumulation_steps"] == ["2", "derived: 8 / (2 x 2)"]
         assert rows["plugins.clip.max_norm"] == ["2.0", "override 2 (plugins.clip)"]
 
+    def test_fields_of_the_preset(self, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(["explain", recipe, "model", "model.preset=llama-3.1-8b", "model.num_hidden_layers=3"]) == 0
+        rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
+        assert rows["model.hidden_size"].split(maxsplit=1) == ["4096", "preset 'llama-3.1-8b'"]
+        assert rows["model.num_hidden_layers"].split(maxsplit=1) == ["3", "override 2 (model.num_hidden_layers)"]
+        assert rows["model.head_dim"].split(maxsplit=1) == ["128", "derived, or default of the architecture"]
+        assert rows["model.rope_scaling"].startswith("{rope_type: llama3, factor: 8.0")
+        assert run(["explain", recipe, "model.hidden_size", "model.num_attention_heads=7"]) == 0
+        assert "null" in capsys.readouterr().out  # a model with a fault has no sizes; validate names it
+
     def test_one_key_and_a_section(self, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["explain", recipe, "batch", "name"]) == 0
         keys = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

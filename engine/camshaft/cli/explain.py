@@ -36,12 +36,36 @@ def explain(recipe: RecipeArgument, words: Words = None, world_size: WorldSizeOp
 
 def _rows(resolved: Resolved) -> list[tuple[str, str, str]]:
     rows = []
+    architecture = _architecture(resolved)
     for key, value in _leaves(resolved.values(), ""):
         origin = str(resolved.provenance[key])
         if key in resolved.derived:
             value, origin = resolved.derived[key]
+        elif value is None and key in architecture:
+            value, origin = architecture[key]
         rows.append((key, flow(value), origin))
     return rows
+
+
+def _architecture(resolved: Resolved) -> dict[str, tuple[Any, str]]:
+    """Key to (value, who) of the model's fields that the recipe leaves open; empty where the model has a fault."""
+    from camshaft import data
+    from camshaft.models.config import resolve
+    from camshaft.models.presets import PRESETS
+
+    model = resolved.recipe.model
+    try:
+        config = resolve(model, data.vocab_size(resolved))
+    except RecipeError:
+        return {}
+    preset = PRESETS[model.preset].model_dump(exclude_none=True) if model.preset else {}
+    found = {}
+    for name in type(model).model_fields.keys() - {"preset", "rope_scaling"}:
+        derived = "size of the tokenizer" if name == "vocab_size" else "derived, or default of the architecture"
+        found[f"model.{name}"] = (getattr(config, name), f"preset '{model.preset}'" if name in preset else derived)
+    if config.rope_scaling is not None:
+        found["model.rope_scaling"] = (config.rope_scaling.as_dict(), f"preset '{model.preset}'")
+    return found
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
