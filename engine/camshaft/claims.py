@@ -130,7 +130,12 @@ def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
             ),
             key=f"parallel.{axis.key}",
             fix=f"enable a plugin that works along '{axis.name}'"
-            f"{' (plugins.ddp: {})' if axis.splits_batch else ''}, or set parallel.{axis.key}=1",
+            f"{' (plugins.ddp: {})' if axis.splits_batch else ''}, or set "
+            + (
+                f"launch.processes={mesh.world_size // axis.degree}"  # dp is what the other axes leave of them
+                if axis.key == "data_parallel"
+                else f"parallel.{axis.key}=1"
+            ),
         )
         for axis in mesh.axes
         if axis.degree > 1 and axis.name not in (reduced if axis.splits_batch else claimed)

@@ -82,6 +82,7 @@ def test_an_axis_that_splits_the_batch_needs_its_gradients_reduced():
     plans = {"states": Plan(claims=(Claim("optimizer.layout", "dp"),))}
     (problem,) = check(plans, mesh(2))
     assert "no enabled plugin reduces gradients along it" in problem.message and "plugins.ddp" in problem.fix
+    assert problem.fix.endswith("launch.processes=1")
     plans["sums"] = Plan(claims=(Claim("gradient.reduce", "dp"),))
     assert check(plans, mesh(2)) == []
 

@@ -8,6 +8,7 @@ import pytest
 import recipe_plugins
 from recipe_cases import recipe
 
+from camshaft import hookimpl
 from camshaft.errors import PluginError, RecipeError
 from camshaft.mesh import MeshShape
 from camshaft.recipe import Checked, batch_plan, check, load
@@ -99,6 +100,13 @@ def test_plan_sees_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_plan_that_raises_names_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe_plugins.install(monkeypatch)
     with pytest.raises(PluginError, match="plugin 'faulty', hook 'plan': ZeroDivisionError"):
+        checked(tmp_path, plugins="plugins:\n  ddp: {}\n  adamw: {lr: 1}\n  faulty: {}")
+
+
+def test_a_plan_that_returns_nothing_names_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe_plugins.install(monkeypatch)
+    monkeypatch.setattr(recipe_plugins.Faulty, "plan", hookimpl(lambda self: None))
+    with pytest.raises(PluginError, match="plugin 'faulty', hook 'plan': returned NoneType; it must return a Plan"):
         checked(tmp_path, plugins="plugins:\n  ddp: {}\n  adamw: {lr: 1}\n  faulty: {}")
 
 

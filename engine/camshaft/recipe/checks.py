@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from camshaft import claims, host
 from camshaft.claims import Plan, PlanContext
-from camshaft.errors import Problem, RecipeError
+from camshaft.errors import PluginError, Problem, RecipeError
 from camshaft.mesh import MeshShape
 from camshaft.recipe.schema import Recipe
 from camshaft.state import BatchPlan
@@ -138,8 +138,14 @@ class _Run:
         context = PlanContext(self.recipe, self.checked.mesh, tuple(self.recipe.plugins), device)
         for name, plan in plugins.implementations("plan"):
             with self.collect():
-                self.checked.plans[name] = plan(context)
+                self.checked.plans[name] = _a_plan(name, plan(context))
         self.problems += claims.check(self.checked.plans, self.checked.mesh)
+
+
+def _a_plan(name: str, found: object) -> Plan:
+    if not isinstance(found, Plan):
+        raise PluginError(name, "plan", f"returned {type(found).__name__}; it must return a Plan on every path")
+    return found
 
 
 def _processes(recipe: Recipe) -> int | None:
