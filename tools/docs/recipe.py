@@ -27,7 +27,8 @@ Schema for editors, third-party plugins included.
   for example a plugin: `plugins: {wandb: null}`.
 - **Overrides.** `camshaft train RECIPE training.max_steps=50 plugins.adamw.lr=1e-3` changes single values. Precedence:
   base, then file, then override.
-- **Environment.** `${env:NAME}` in a value is replaced by that environment variable. Nothing else is interpolated.
+- **Environment.** `${env:NAME}` in a value is replaced by that environment variable,
+  `${env:NAME:-text}` by `text` where it is not set. Nothing else is interpolated.
 - **Paths** start at the folder of the recipe, unless a key says otherwise.
 """
 
