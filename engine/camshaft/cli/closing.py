@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from camshaft.cli.streams import announce
@@ -13,7 +19,7 @@ if TYPE_CHECKING:
 SAMPLE_TOKENS = 60
 
 
-def show(state: State, data: Prepared, recipe_path: str) -> None:
+def show(state: State, data: Prepared, recipe_path: str, overrides: Sequence[str] = ()) -> None:
     """Print the closing lines; called on rank 0 while the model exists."""
     run = state.world.run
     sample = text_sample(state, data)
@@ -25,7 +31,7 @@ def show(state: State, data: Prepared, recipe_path: str) -> None:
     if checkpoints:
         announce(f"checkpoint   {checkpoints[-1]}")
     announce("try next")
-    for line, why in next_steps(state, recipe_path):
+    for line, why in next_steps(state, recipe_path, overrides):
         announce(f"  {line}\n      {why}")
 
 
@@ -47,16 +53,38 @@ def text_sample(state: State, data: Prepared) -> str:
     return " ".join(data.tokenizer.decode(ids).split())
 
 
-def next_steps(state: State, recipe_path: str) -> list[tuple[str, str]]:
-    """Commands that make sense after this run, each with its reason."""
+def next_steps(state: State, recipe_path: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Commands that make sense after this run, each with its reason; what the user overrode stays overridden."""
     recipe = state.world.recipe
-    global_size = 8 * recipe.batch.micro_batch_size
-    eight = f"camshaft plan {recipe_path} --world-size 8 batch.global_batch_size={global_size}"
-    steps = [(eight, "who would own what, and do what, on eight ranks")]
+
+    def line(command: str, *changes: str) -> str:
+        return shlex.join([*program(), command, recipe_path, *_without(overrides, changes), *changes])
+
+    steps = []
+    if state.world.world_size > 1:
+        size = f"batch.global_batch_size={8 * recipe.batch.micro_batch_size}"
+        eight = f"{line('plan', 'parallel.data_parallel=auto', size)} --world-size 8"
+        steps.append((eight, "who would own what, and do what, on eight ranks"))
     if recipe.training.max_steps is not None:
-        longer = 2 * recipe.training.max_steps
-        steps.append((f"camshaft train {recipe_path} training.max_steps={longer}", "the same run, twice as long"))
+        steps.append((line("train", f"training.max_steps={2 * recipe.training.max_steps}"), "a new run, twice as long"))
     if state.world.world_size > 1:
         other = "torchrun" if recipe.launch.launcher == "deepspeed" else "deepspeed"
-        steps.append((f"camshaft train {recipe_path} launch.launcher={other}", "another launcher, same losses"))
+        steps.append((line("train", f"launch.launcher={other}"), "another launcher, same losses"))
     return steps
+
+
+def program() -> list[str]:
+    """What to type for this very program: ``camshaft`` where the shell would find it, else its path."""
+    beside = Path(sys.executable).parent / "camshaft"
+    found = shutil.which("camshaft")
+    if found is not None and Path(found).resolve() == beside.resolve():
+        return ["camshaft"]
+    if not beside.is_file():
+        return [sys.executable, "-m", "camshaft"]
+    return [min(str(beside), os.path.relpath(beside), key=len)]
+
+
+def _without(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Overrides of other keys; not of the run directory, which holds this run now."""
+    changed = {change.partition("=")[0] for change in changes} | {"run.dir"}
+    return [override for override in overrides if override.partition("=")[0] not in changed]

@@ -187,10 +187,10 @@ def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) ->
         if owner:
             line = _line(environment.launcher, environment.world_size, resolved, changes)
             begin(directory, resolved, environment.world_size, line)
-        return _train(station, resolved, directory, owner)
+        return _train(station, resolved, changes, directory, owner)
 
 
-def _train(station: Station, resolved: Resolved, directory: RunDirectory, owner: bool) -> int:
+def _train(station: Station, resolved: Resolved, changes: Sequence[str], directory: RunDirectory, owner: bool) -> int:
     from camshaft import loop
     from camshaft.cli import closing, inventory
     from camshaft.cli.launch import exits
@@ -208,7 +208,7 @@ def _train(station: Station, resolved: Resolved, directory: RunDirectory, owner:
             directory,
             station.heartbeat,
             station.stop,
-            lambda state, data: closing.show(state, data, str(resolved.path)),
+            lambda state, data: closing.show(state, data, str(resolved.path), changes),
         )
         return status
     except BaseException as error:

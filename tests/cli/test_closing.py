@@ -1,0 +1,82 @@
+"""What ``train`` proposes at its end can be typed as it stands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from camshaft.cli import closing, run
+from camshaft.recipe import load
+
+RECIPE = """
+schema_version: 1
+name: closing
+model: {preset: llama-nano}
+tokenizer: {type: byte}
+data: {train: {files: [text.txt]}, sequence_length: 32, validation_fraction: 0}
+batch: {micro_batch_size: 2, global_batch_size: 4}
+training: {max_steps: 6}
+launch: {processes: 2}
+plugins: {ddp: {}, adamw: {lr: 1.0e-3}, clip: {}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some words " * 500)
+    (tmp_path / "my recipe.yaml").write_text(RECIPE)
+    return "my recipe.yaml"
+
+
+def proposed(recipe: str, overrides: list[str], world_size: int) -> list[list[str]]:
+    """Words after the program's name of every line."""
+    world = SimpleNamespace(recipe=load(recipe, overrides).recipe, world_size=world_size)
+    state: Any = SimpleNamespace(world=world)
+    lines = [shlex.split(line) for line, _ in closing.next_steps(state, recipe, overrides)]
+    program = closing.program()
+    assert all(words[: len(program)] == program for words in lines)
+    return [words[len(program) :] for words in lines]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "lines"),
+    [
+        (["plugins.adamw.lr=2e-3", "run.dir=here"], 2, 3),
+        (["training.max_steps=8", "launch.launcher=torchrun", "plugins.clip={max_norm: 2}"], 2, 3),
+        (["plugins.ddp=null", "launch.processes=1"], 1, 1),
+    ],
+)
+def test_every_line_is_right_and_keeps_what_was_overridden(
+    recipe: str, overrides: list[str], world_size: int, lines: int
+) -> None:
+    found = proposed(recipe, overrides, world_size)
+    assert len(found) == lines
+    for words in found:
+        assert run(["validate" if words[0] == "train" else "plan", *words[1:]]) == 0
+        others = [text for text in overrides if not text.startswith(("run.", "training.", "launch.launcher"))]
+        assert set(others) <= set(words)
+        assert not any(word.startswith("run.dir=") for word in words)
+    twice = f"training.max_steps={12 if 'training.max_steps=8' not in overrides else 16}"
+    assert any(words[0] == "train" and words[-1] == twice for words in found)
+
+
+def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "camshaft").write_text("#!/bin/sh\n")
+    (folder / "camshaft").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert closing.program() == [os.path.join("venv", "bin", "camshaft")]
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin")
+    assert closing.program() == ["camshaft"]
+    (folder / "camshaft").unlink()
+    assert closing.program() == [str(folder / "python"), "-m", "camshaft"]
