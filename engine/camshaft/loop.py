@@ -226,7 +226,8 @@ class Trainer:
         if self._save is not None:
             self._save(state)
         if stopped:
-            kept = "a checkpoint was written" if self._save is not None else "no checkpoint plugin is enabled"
+            written = "a checkpoint was written, and the same command goes on from it"
+            kept = "no checkpoint plugin is enabled" if self._save is None else written
             raise Interrupted(f"asked to stop after step {state.step}; {kept}")
 
     def log(self) -> None:
