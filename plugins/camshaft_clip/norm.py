@@ -20,7 +20,9 @@ def clip_(parameters: Sequence[Parameter], max_norm: float | None) -> Tensor:
     norm = global_norm(gradients, parameters[0].device if parameters else None)
     if max_norm is not None and gradients:
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
+        # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
+        if not (coefficient.is_cpu and bool(coefficient == 1.0)):
+            torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
     return norm
 
 

@@ -33,6 +33,16 @@ def test_equals_the_definition_and_torch(max_norm):
     torch.testing.assert_close(flat(made), flat(other), rtol=1e-14, atol=0)
 
 
+def test_gradients_within_the_limit_keep_every_bit_and_nan_still_spreads():
+    made = parameters((7, 15), (3,), dtype=torch.float32)
+    before = flat(made).clone()
+    clip_(made, 1e3)
+    assert torch.equal(flat(made), before)
+    made[0].grad[0, 0] = float("nan")
+    clip_(made, 1e3)
+    assert torch.isnan(flat(made)).all(), "as torch does: nothing that looks finite is left behind"
+
+
 def test_parameters_without_a_gradient_are_left_out():
     made = parameters((3,), (4,))
     made[0].grad = None
