@@ -14,7 +14,7 @@ from camshaft_checkpoint.manifest import Manifest
 from camshaft_checkpoint.ranks import Ranks
 
 _log = logging.getLogger(__name__)
-_LISTED = 20
+_LISTED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def candidates(root: Path, resume: str) -> list[Path]:
 
 
 def given(path: Path) -> list[Path]:
-    """Checkpoints that a path names: itself, or those inside, newest first.
+    """Checkpoints that a path names: itself, those inside, or those of the run directory that it is; newest first.
 
     Raises:
         CheckpointError: there is none.
@@ -57,10 +57,10 @@ def given(path: Path) -> list[Path]:
     if (path / manifest.NAME).is_file() or manifest.folder_step(path) is not None:
         if path.is_dir():
             return [path]
-    elif found := folders.complete(path):
+    elif found := folders.complete(path) or folders.complete(path / "checkpoints"):
         return found
     raise CheckpointError(
-        f"there is no checkpoint at {path}. Fix: give a step_N folder or the folder that holds them, or remove"
+        f"there is no checkpoint at {path}. Fix: give a step_N folder, a folder of them or a run directory, or remove"
         " plugins.checkpoint.resume"
     )
 

@@ -28,8 +28,8 @@ class CheckpointOptions(Options):
     """Copy to CPU memory, go on training, and write in the background."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
     """`auto`: continue from the newest intact checkpoint of this run's folder; `never`: refuse to; or the path of a
-    checkpoint, or of a folder of them, that a run without checkpoints of its own starts from. Relative to the working
-    directory."""
+    checkpoint, of a folder of them or of a run, that a run without checkpoints of its own starts from. Relative to the
+    working directory."""
     save_at_end: bool = True
     """Also save when training has reached its last step."""
     on_error: Literal["stop", "continue"] = "stop"

@@ -247,12 +247,13 @@ def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="resume is 'never'"):
         Run(tmp_path / "old", resume="never").load()
     assert Run(tmp_path / "none", resume="never").load() is False
-    for path, step in ((folder(tmp_path / "old", 2), 2), (tmp_path / "old" / "checkpoints", 3)):
-        run = Run(tmp_path / f"new{step}", resume=str(path), model=Toy(seed=9))
+    whole, inside = tmp_path / "old", tmp_path / "old" / "checkpoints"
+    for number, (path, step) in enumerate(((folder(whole, 2), 2), (inside, 3), (whole, 3))):
+        run = Run(tmp_path / f"new{number}", resume=str(path), model=Toy(seed=9))
         assert run.load()
         assert run.state.step == step
         run.train(1)
-        again = Run(tmp_path / f"new{step}", resume=str(path))  # killed, and the same command again
+        again = Run(tmp_path / f"new{number}", resume=str(path))  # killed, and the same command again
         assert again.load()
         assert again.state.step == step + 1
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
