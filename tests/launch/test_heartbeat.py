@@ -189,6 +189,12 @@ class TestJudge:
         found = self.judge(tmp_path, [view(0, vanished=True, killed=True), view(1, 130)])
         assert found.status == 1 and "rank 0 did not stop in time" in found.message
 
+    def test_ranks_that_the_front_killed_after_their_launcher_are_not_the_cause(self, tmp_path):
+        ranks = [view(0, vanished=True, killed=True), view(1, vanished=True, killed=True)]
+        found = self.judge(tmp_path, ranks, -9)
+        assert found.status == 1 and "it was killed (SIGKILL)" in found.message
+        assert "rank 0 did not stop in time" in self.judge(tmp_path, ranks, None).message
+
     def test_every_known_status_is_passed_on(self, tmp_path):
         for error in (RecipeError("x"), MachineError("x"), OutOfMemory("x"), NonFiniteLoss("x"), CamshaftError("x")):
             status, kind = exits.classify(error)

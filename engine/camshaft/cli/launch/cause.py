@@ -67,7 +67,7 @@ def judge(
     if failed and failed[0].kind != "orphan":
         return _recorded(failed[0], logs)
     stuck = [view for view in ranks if view.killed and view.record is None]
-    if not failed and stuck:
+    if not failed and stuck and (launcher_status is None or launcher_status >= 0):
         view = stuck[0]
         return Outcome(
             1, f"rank {view.rank} did not stop in time, at step {view.step} during {doing(view.phase)}; it was killed"
