@@ -62,15 +62,21 @@ class Reducer:
         self.buckets = fill(parameters, self._bucket_bytes)
         self._next = 0
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._hook(bucket, view))  # type: ignore[no-untyped-call]
             for bucket in self.buckets
-            for parameter in bucket.parameters
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True)
         ]
 
-    def _hook(self, bucket: Bucket) -> Callable[[Tensor], None]:
+    def _hook(self, bucket: Bucket, view: Tensor) -> Callable[[Tensor], None]:
         size = len(bucket.parameters)
+        # On a CPU a gradient is copied while it is still in the cache; on a GPU one launch for a bucket is cheaper.
+        at_once = view.is_cpu
 
         def ready(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            if at_once and gradient is not view and gradient is not None:
+                view.copy_(gradient)
+                parameter.grad = view
             if self._seen is not None and self._state.final_backward:
                 self._seen.append(parameter)  # type: ignore[arg-type]  # torch hands over the Parameter itself
             bucket.ready += 1
