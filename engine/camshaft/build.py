@@ -122,6 +122,14 @@ def _chain(host: Host, phase: str, world: World, model: Module, plans: Mapping[s
         _check_layouts(name, phase, before, layouts(model), plans.get(name, Plan()))
 
 
+def bind_plugins(host: Host, state: State, plans: Mapping[str, Plan]) -> None:
+    """Call every ``bind``; it takes references and changes no parameter's name, layout or ``requires_grad``."""
+    for name, function in host.implementations("bind"):
+        before = layouts(state.model)
+        function(state)
+        _check_layouts(name, "bind", before, layouts(state.model), plans.get(name, Plan()))
+
+
 def _check_layouts(
     name: str, phase: str, before: Mapping[str, Layout], after: Mapping[str, Layout], plan: Plan
 ) -> None:

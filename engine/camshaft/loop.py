@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from camshaft import bind
-from camshaft.build import SINGLE, build
+from camshaft.build import SINGLE, bind_plugins, build
 from camshaft.data import prepare
 from camshaft.data.loader import Loader
 from camshaft.distributed import Control, check_agreement, connect, disconnect, pick_device
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from camshaft.recipe import Checked, Resolved
     from camshaft.recipe.schema import Recipe
     from camshaft.rundir import RunDirectory
+
+_log = logging.getLogger(__name__)
 
 Closing = Callable[[State, "Prepared"], None]
 
@@ -177,6 +180,7 @@ class Trainer:
         check_agreement(environment, f"{world.policy}")  # `auto` may choose otherwise on a node of another kind
         self.state.data_fingerprint = data.fingerprint
         self.state.components = components(self.host, self.state)
+        self._plans = checked.plans
         self.stepper = Stepper(self.host, self.state, self.program)
         self.meter = Meter(self.state)
         self._log = bind.event(self.host, "log")
@@ -185,7 +189,7 @@ class Trainer:
     def open(self) -> None:
         """Let plugins take their references, continue an earlier run if there is one, open trackers."""
         state = self.state
-        self.host.call("bind", state)
+        bind_plugins(self.host, state, self._plans)
         load = bind.slot(self.host, "load")
         self.resumed = bool(load is not None and load(state))
         state.loader.seek(state.consumed_samples)
@@ -200,6 +204,8 @@ class Trainer:
         """
         state, training = self.state, self.state.world.recipe.training
         total, stopped = state.world.total_steps, False
+        if state.step >= total:
+            _log.warning("nothing left to do: the run is at step %d, and the recipe ends at step %d", state.step, total)
         if state.step == 0 and training.eval_every is not None:
             self.evaluate()
         while state.step < total:
@@ -239,7 +245,7 @@ class Trainer:
                 raise NonFiniteLoss(
                     f"{name} is {record[name]} at step {self.state.step} (checked every "
                     f"{self.state.world.recipe.training.log_every} steps). Lower the learning rate, lengthen the "
-                    "warm-up, or look at the data of this step; the last checkpoint is from before it"
+                    "warm-up, or look at the data of this step. A checkpoint of such a state is never written"
                 )
         self._emit(record)
 

@@ -84,14 +84,22 @@ class Bucket:
             parameter.grad = None
 
 
+FIRST_BYTES = 1 << 20
+"""Limit of the first bucket: a small one is full early, so that the wire has work soon after backward begins."""
+
+
 def fill(parameters: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
-    """Buckets of at most ``bucket_bytes`` (or one larger parameter) in the given order, one dtype and device each."""
+    """Buckets of at most ``bucket_bytes`` (or one larger parameter) in the given order, one dtype and device each.
+
+    The first holds at most ``FIRST_BYTES``.
+    """
     groups: list[list[Parameter]] = []
     open_groups: dict[tuple[torch.dtype, torch.device], tuple[list[Parameter], int]] = {}
     for parameter in parameters:
         kind, size = (parameter.dtype, parameter.device), parameter.numel() * parameter.element_size()
         members, used = open_groups.get(kind, ([], 0))
-        if members and used + size > bucket_bytes:
+        limit = bucket_bytes if groups else min(bucket_bytes, FIRST_BYTES)
+        if members and used + size > limit:
             groups.append(members)
             members, used = [], 0
         members.append(parameter)

@@ -173,6 +173,12 @@ class LaysOut(Plugin):
         model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().double())
 
 
+class Freezes(Plugin):
+    @hookimpl
+    def bind(self, state):
+        state.model.model.norm.weight.requires_grad_(False)
+
+
 class Forgets(Plugin):
     @hookimpl
     def state_dict(self, state):
@@ -204,6 +210,7 @@ class Unhandled(Plugin):
     [
         (Renames(), "hook 'recompute': parameter names changed: .*new .'extra'"),
         (LaysOut(), "hook 'shard_storage': laid out 'model.norm.weight' anew .* without a claim"),
+        (Freezes(), "hook 'bind': laid out 'model.norm.weight' anew"),
         (Forgets(), "hook 'state_dict': saves state, but has no load_state_dict"),
         (WrongModel(), "hook 'build_model': must return a Module, got str"),
         (Takes(), "hook 'handlers': action F already belongs to 'core'"),

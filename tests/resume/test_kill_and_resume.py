@@ -14,7 +14,7 @@ from camshaft.plugin import Plugin, hookimpl
 from camshaft.rundir import RunDirectory
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.ranks import RankFailed, run_ranks
-from camshaft.testing.run import Quiet, record_ranks
+from camshaft.testing.run import Quiet, record_rank, record_ranks
 
 STEPS, EVERY = 9, 2
 PHASES = ("pre_forward", "post_backward", "reduce", "around_step", "post_step")
@@ -206,10 +206,11 @@ def test_asynchronous_checkpoints_continue_bit_for_bit(make_recipe, tmp_path):
         assert_bit_equal(mine, all_steps[-len(mine) :])
 
 
-def test_a_finished_run_has_nothing_left_to_do(make_recipe, tmp_path):
+def test_a_finished_run_has_nothing_left_to_do_and_says_so(make_recipe, tmp_path, caplog):
     resolved = make_recipe(plugins(), 1, training={"max_steps": 4, "log_every": 1}, run={"dir": str(tmp_path / "r")})
     assert len(record_ranks(resolved, 1)[0]) == 4
-    assert record_ranks(resolved, 1)[0] == []
+    assert record_rank(0, 1, resolved) == []
+    assert "nothing left to do: the run is at step 4, and the recipe ends at step 4" in caplog.text
 
 
 def test_another_optimizer_state_would_be_seen(make_recipe, tmp_path):
