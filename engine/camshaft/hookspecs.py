@@ -129,8 +129,8 @@ class BuildHooks:
     def bind(self, state: State) -> None:
         """Event. Everything is built; take the references that your step hooks need.
 
-        May change no parameter's name, layout or ``requires_grad``: others have taken their references too. Since hook
-        API 1.
+        May change no parameter's name, layout or ``requires_grad``: others have taken their references too.
+        Since hook API 1.
         """
         raise AssertionError
 
