@@ -1,6 +1,7 @@
 """A front over stub ranks: ``python stub_front.py RUN LAUNCHER PROCESSES MODE``.
 
-LAUNCHER may be ``fake`` (quick), ``half`` (starts one rank only) or ``broken``.
+LAUNCHER may be ``fake`` (quick), ``half`` (starts one rank only), ``broken``, ``starved`` (no memory for its imports)
+or ``held`` (says its pid and starts no rank, ever).
 """
 
 import os
@@ -13,7 +14,12 @@ from camshaft.cli.launch.watch import StopSignal
 from camshaft.rundir import RunDirectory
 
 HERE = Path(__file__).parent
-QUICK = ("fake", "half", "broken")
+QUICK = ("fake", "half", "broken", "starved", "held")
+INSTEAD = {
+    "broken": "raise SystemExit('no such accelerator')",
+    "starved": "import sys; print('MemoryError:\\n' * 12, file=sys.stderr); raise MemoryError",
+    "held": "import os, signal; print('held', os.getpid(), flush=True); signal.pause()",
+}
 
 
 def main(run: str, launcher: str, count: str, mode: str) -> int:
@@ -27,8 +33,8 @@ def main(run: str, launcher: str, count: str, mode: str) -> int:
 
     def line(folder: Path) -> list[str]:
         quick = [sys.executable, str(HERE / "fake_launcher.py"), "deepspeed.launcher.launch"]
-        if launcher == "broken":
-            return [sys.executable, "-c", "raise SystemExit('no such accelerator')"]
+        if launcher in INSTEAD:
+            return [sys.executable, "-c", INSTEAD[launcher]]
         if launcher in QUICK:
             return [*quick, "1" if launcher == "half" else count, str(HERE / "stub_rank.py"), mode]
         return commands.command_line(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 from launch_support import clean_environment, front, started, until
 
-from camshaft.processes import Process, alive, ancestors, command, send
+from camshaft.processes import Process, alive, ancestors, command, identify, send
 
 
 def launcher_process(rank: Process) -> Process:
@@ -103,12 +104,20 @@ def test_a_second_request_ends_everything_at_once(tmp_path):
 
 
 def test_a_request_before_the_ranks_began_ends_the_launcher(tmp_path):
+    """The launcher is one that never starts a rank, so that none can begin before the request is heard."""
     run = tmp_path / "run"
-    with started(front(run, "fake", "calm"), tmp_path / "out") as process:
-        until(lambda: (run / "logs" / "launcher.log").exists())
+    log = run / "logs" / "launcher.log"
+
+    def said() -> list[str]:
+        return re.findall(r"^held (\d+)$", log.read_text(), re.MULTILINE) if log.exists() else []
+
+    with started(front(run, "held", "calm"), tmp_path / "out") as process:
+        until(said)
+        launcher = identify(int(said()[0]))
+        assert launcher is not None
+        process.others.add(launcher)
         process.popen.send_signal(signal.SIGTERM)
         assert process.wait(25) == 130
-        process.note(run)
     assert "stopped before the first step" in process.text()
 
 
