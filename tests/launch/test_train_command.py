@@ -181,3 +181,18 @@ def test_one_process_stops_on_ctrl_c_after_a_checkpoint(recipe, tmp_path):
     status = RunDirectory(tmp_path / "one").read_status()
     assert status["state"] == "interrupted" and (tmp_path / "one" / "checkpoints" / "latest").exists()
     assert "a checkpoint was written" in process.text() and "Traceback" not in process.text()
+
+
+def test_a_run_that_is_continued_with_another_recipe_says_what_changed(recipe, tmp_path, capsys):
+    line = ["train", str(recipe), *ONE, "run.dir=mine"]
+    assert run([*line, "training.max_steps=2"]) == 0
+    assert "changed since" not in capsys.readouterr().out
+    changes = ["training.max_steps=4", "plugins.adamw.lr=9e-3", "plugins.clip=null", "run.root=elsewhere"]
+    assert run([*line, *changes]) == 0
+    text = capsys.readouterr().out
+    said = [found for found in text.splitlines() if "changed since" in found]
+    assert said[0] == "changed since the run began: training.max_steps 2 -> 4"
+    assert said[1] == "changed since the run began: plugins.adamw.lr 0.001 -> 0.009"
+    assert said[2].startswith("changed since the run began: plugins.clip {max_norm: 0.5") and len(said) == 3
+    assert said[2].endswith("} -> (not set)")
+    assert text.index("continuing the run in mine") < text.index(said[0])

@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING
 
 from camshaft.cli.console import warn
-from camshaft.cli.launch import heartbeat
+from camshaft.cli.launch import changes, heartbeat
+from camshaft.cli.streams import announce
 from camshaft.errors import MachineError
 from camshaft.processes import alive, myself
 from camshaft.rundir import Choice, RunDirectory, choose, digest, utc_now
@@ -44,7 +45,9 @@ def _earlier_ranks(directory: RunDirectory) -> list[heartbeat.Beat]:
 
 
 def begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: str) -> None:
-    """Keep what this start was, and mark the run as running."""
+    """Keep what this start was, say what it changes in a run that is continued, and mark the run as running."""
+    for change in changes.since_the_start(directory.path / "resolved.yaml", resolved):
+        announce(change)
     directory.keep("recipe.yaml", resolved.path.read_text(encoding="utf-8"))
     directory.keep("resolved.yaml", resolved.dump())
     before = directory.read_status()
