@@ -21,6 +21,7 @@ from camshaft.recipe.schema import Run
 UNFINISHED = ("running", "interrupted", "failed")
 """States of a run that the same command continues. A killed run still says ``running``."""
 
+_CHECKPOINT = re.compile(r"step_\d+")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
@@ -92,6 +93,12 @@ class RunDirectory:
             path = path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}{path.suffix}")
             _replace(path, text)
         return path
+
+    def going_on(self) -> str:
+        """What the same command does after this run was ended from outside, for the end of an error's text."""
+        if any(_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.glob("step_*")):
+            return "The same command, without --fresh, continues from the last checkpoint"
+        return "There is no checkpoint yet: the same command starts again from step 0"
 
     def lock(self) -> Lock:
         """Claim the folder for this process until it ends, however it ends.

@@ -36,6 +36,7 @@ def test_killed_rank_ends_the_run_and_is_named(tmp_path):
         assert process.wait(30) == 1
         assert time.monotonic() - began < 30
     assert "rank 1 was killed (SIGKILL" in process.text()
+    assert process.text().rstrip().endswith("no checkpoint yet: the same command starts again from step 0")
     assert "during backward" in process.text()
     step = int(process.text().split("at step ")[1].split()[0])
     assert 7 <= step < 60
@@ -48,6 +49,7 @@ def test_killed_rank_ends_the_run_and_is_named(tmp_path):
         ("memory", 4, "rank 1 at step 5 during backward: MemoryError: 12 GiB"),
         ("crash", 1, "rank 1 crashed (Aborted) at step 5"),
         ("early", 1, "rank 1 ended without a word"),
+        ("seven", 1, "rank 1 ended by itself with status 7, without an error"),
     ],
 )
 def test_the_first_cause_is_reported_and_not_what_peers_saw_of_it(tmp_path, mode, status, cause):
@@ -63,10 +65,12 @@ def test_killed_launcher_is_a_failure_and_leaves_no_rank(tmp_path):
     run = tmp_path / "run"
     with started(front(run, "fake", "calm"), tmp_path / "out") as process:
         beats = process.steps(run, 2, 3)
+        (run / "checkpoints" / "step_00000002").mkdir()
         assert send(launcher_process(beats[0].process), signal.SIGKILL)
         until(lambda: not any(alive(beat.process) for beat in beats), 4, "the ranks of a killed launcher end")
         assert process.wait(15) == 1
     assert "lost its ranks" in process.text() and "SIGKILL" in process.text()
+    assert process.text().rstrip().endswith("without --fresh, continues from the last checkpoint")
 
 
 def test_killed_front_leaves_nothing_running(tmp_path):
@@ -76,7 +80,20 @@ def test_killed_front_leaves_nothing_running(tmp_path):
         process.popen.kill()
         until(lambda: not any(alive(beat.process) for beat in beats), 4, "the ranks of a killed front end")
         until(lambda: not process.left(), 10, "the launcher of a killed front ends")
+
+
+def test_rank_0_of_a_killed_front_says_it_on_the_terminal_that_it_was_lent(tmp_path):
+    """One rank: of two, the second may end first, and then the launcher asks rank 0 to stop."""
+    run = tmp_path / "run"
+    with started(front(run, "fake", "calm", 1), tmp_path / "out") as process:
+        beats = process.steps(run, 1, 3)
+        (run / "checkpoints" / "step_00000002").mkdir()
+        process.popen.kill()
+        until(lambda: not alive(beats[0].process), 4, "the rank of a killed front ends")
+        until(lambda: not process.left(), 10, "the launcher of a killed front ends")
     assert not (run / "saved_0").exists()
+    assert "error: its front, `camshaft train`, (pid" in process.text()
+    assert process.text().rstrip().endswith("without --fresh, continues from the last checkpoint")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -179,6 +179,19 @@ class TestJudge:
         found = self.judge(tmp_path, [view(0, 1, "connection"), view(1, vanished=True)], 1, "torchrun")
         assert "SIGSEGV" in found.message
 
+    @pytest.mark.parametrize(
+        "log", ["  exitcode  : 7 (pid: 1001)\n", "failed (exitcode: 7) local_rank: 1 (pid: 1001) of"]
+    )
+    def test_a_status_from_torchruns_report_is_no_kill(self, tmp_path, log):
+        (tmp_path / "launcher.log").write_text(log)
+        found = self.judge(tmp_path, [view(0, 1, "connection"), view(1, vanished=True)], 1, "torchrun")
+        assert found.status == 1 and "rank 1 ended by itself with status 7" in found.message
+        assert found.from_outside and "SIGKILL" not in found.message
+
+    def test_a_status_that_may_be_another_ranks_is_not_told_as_this_ones(self, tmp_path):
+        found = self.judge(tmp_path, [view(0, 1, "connection"), view(1, vanished=True)], 1, "deepspeed")
+        assert "rank 1 ended without a word" in found.message
+
     def test_memory_kills_of_the_kernel_are_told(self, tmp_path):
         found = self.judge(tmp_path, [view(0, 1, "connection"), view(1, vanished=True)], 247, memory=1)
         assert found.status == 4 and "memory ran out" in found.message

@@ -58,6 +58,15 @@ def test_files_of_the_first_start_are_kept(tmp_path):
     assert other != tmp_path / "recipe.yaml" and other.read_text() == "a: 2" and other.suffix == ".yaml"
 
 
+def test_only_a_whole_checkpoint_can_be_continued_from(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert "from step 0" in run.going_on()
+    (run.create().checkpoints / "step_8.tmp").mkdir()
+    assert "from step 0" in run.going_on()
+    (run.checkpoints / "step_4").mkdir()
+    assert "continues from the last checkpoint" in run.going_on()
+
+
 @pytest.mark.parametrize("name", ["logs", "checkpoints"])
 def test_links_out_of_the_root_are_refused(tmp_path, name):
     (tmp_path / "elsewhere").mkdir()

@@ -41,10 +41,14 @@ class RankView:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended: exit status, and one message for people (empty when all went well)."""
+    """How a run ended: exit status, and one message for people (empty when all went well).
+
+    ``from_outside``: its processes were ended or lost, so that the same command may well come further.
+    """
 
     status: int
     message: str = ""
+    from_outside: bool = False
 
 
 def judge(
@@ -63,15 +67,15 @@ def judge(
     failed = sorted((r for r in records if r.kind in _ORDER), key=lambda record: (_ORDER[record.kind], record.time))
     first = min(vanished, key=lambda view: view.gone_at or 0.0, default=None)
     if first is not None and not (failed and failed[0].kind == "error" and failed[0].time < (first.gone_at or 0) - 0.5):
-        return _vanished(first, launcher, launcher_status, logs, memory_kills)
+        others = {record.status for record in records}
+        return _vanished(first, launcher, launcher_status, logs, memory_kills, others)
     if failed and failed[0].kind != "orphan":
         return _recorded(failed[0], logs)
     stuck = [view for view in ranks if view.killed and view.record is None]
     if not failed and stuck and (launcher_status is None or launcher_status >= 0):
         view = stuck[0]
-        return Outcome(
-            1, f"rank {view.rank} did not stop in time, at step {view.step} during {doing(view.phase)}; it was killed"
-        )
+        text = f"rank {view.rank} did not stop in time, at step {view.step} during {doing(view.phase)}; it was killed"
+        return Outcome(1, text, from_outside=True)
     return _launcher_ended(ranks, processes, launcher, launcher_status, logs)
 
 
@@ -79,13 +83,17 @@ def _recorded(record: ExitRecord, logs: Path) -> Outcome:
     status = record.status if record.status in _KNOWN else 1
     log = logs / f"rank_{record.rank}.log"
     text = f"rank {record.rank} at step {record.step} during {doing(record.phase)}: {record.error.rstrip('.')}"
-    return Outcome(status, f"{text}. Log: {log}")
+    return Outcome(status, f"{text}. Log: {log}", from_outside=record.kind != "error")
 
 
-def _vanished(view: RankView, launcher: str, status: int | None, logs: Path, memory_kills: int) -> Outcome:
+def _vanished(
+    view: RankView, launcher: str, status: int | None, logs: Path, memory_kills: int, others: set[int]
+) -> Outcome:
+    """``others``: statuses that other ranks ended with, any of which may be the one that the launcher passes on."""
     log = logs / f"rank_{view.rank}.log"
     crash = _CRASH.findall(tail(log))
     number = _signal_of(view.process.pid, launcher, status, tail(logs / "launcher.log"))
+    code = _code_of(view.process.pid, launcher, status, tail(logs / "launcher.log"), others)
     if crash:
         what = f"crashed ({crash[-1]})"
     elif memory_kills and number in (None, signal.SIGKILL):
@@ -94,11 +102,13 @@ def _vanished(view: RankView, launcher: str, status: int | None, logs: Path, mem
         what = "was killed (SIGKILL; often the kernel's out-of-memory killer)"
     elif number is not None:
         what = f"was killed ({signal.Signals(number).name})"
+    elif code is not None:
+        what = f"ended by itself with status {code}, without an error (a call of os._exit, or a library's exit)"
     else:
         what = "ended without a word (usually SIGKILL, often from the kernel's out-of-memory killer)"
     killed_for_memory = bool(memory_kills) and not crash and number in (None, signal.SIGKILL)
     text = f"rank {view.rank} {what} at step {view.step} during {doing(view.phase)}. Log: {log}"
-    return Outcome(OutOfMemory.exit_status if killed_for_memory else 1, text)
+    return Outcome(OutOfMemory.exit_status if killed_for_memory else 1, text, from_outside=True)
 
 
 def _signal_of(pid: int, launcher: str, status: int | None, log: str) -> int | None:
@@ -108,6 +118,17 @@ def _signal_of(pid: int, launcher: str, status: int | None, log: str) -> int | N
         told = re.search(rf"failed \(exitcode: -(\d+)\) local_rank: \d+ \(pid: {pid}\)", log)
     number = int(told.group(1)) if told else 256 - status if status is not None and status > 128 else 0
     return number if number in set(signal.Signals) else None
+
+
+def _code_of(pid: int, launcher: str, status: int | None, log: str, others: set[int]) -> int | None:
+    """The status with which ``pid`` ended by itself, as its launcher tells; None if it does not, or not whose it is."""
+    told = re.search(rf"exitcode\s*:\s*(\d+)\s*\(pid: {pid}\)", log)
+    told = told or re.search(rf"failed \(exitcode: (\d+)\) local_rank: \d+ \(pid: {pid}\)", log)
+    if told is not None:
+        return int(told.group(1))
+    if launcher != "deepspeed" or status is None or not 0 < status <= 128 or status in others:
+        return None  # torchrun itself ends with 1
+    return status
 
 
 def _launcher_ended(ranks: list[RankView], processes: int, launcher: str, status: int | None, logs: Path) -> Outcome:
@@ -123,10 +144,10 @@ def _launcher_ended(ranks: list[RankView], processes: int, launcher: str, status
         last = "\n  ".join(tail(log).strip().splitlines()[-12:])
         return Outcome(3, f"the launcher '{launcher}' {how} before a rank began. The end of {log}:\n  {last}")
     if missing:
-        return Outcome(1, f"rank {missing[0]} never began, and the launcher '{launcher}' {how}. Log: {log}")
+        return Outcome(1, f"rank {missing[0]} never began, and the launcher '{launcher}' {how}. Log: {log}", True)
     view = max(ranks, key=lambda one: one.step)
     text = f"the launcher '{launcher}' lost its ranks at step {view.step} during {doing(view.phase)}: it {how}"
-    return Outcome(1, f"{text}. Log: {log}")
+    return Outcome(1, f"{text}. Log: {log}", from_outside=True)
 
 
 def tail(path: Path) -> str:

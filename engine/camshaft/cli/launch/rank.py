@@ -23,7 +23,7 @@ from camshaft.cli.streams import put
 from camshaft.distributed import JOB_VARIABLE, forget_meeting
 from camshaft.environment import Environment
 from camshaft.errors import CamshaftError, Interrupted, RecipeError
-from camshaft.processes import Process
+from camshaft.processes import Process, alive
 from camshaft.rundir import RunDirectory, utc_now
 
 FRONT_VARIABLE, RUN_VARIABLE = "CAMSHAFT_FRONT", "CAMSHAFT_RUN"
@@ -111,21 +111,29 @@ class Station:
         if kind == "orphan" and self.front is not None:
             shutil.rmtree(self.front.job, ignore_errors=True)  # nobody else is left to do it
         forget_meeting()
-        if self.front is None and self.environment.rank == 0:
-            with contextlib.suppress(OSError):
-                os.write(2, f"error: {reason}\n".encode())
+        if self.environment.rank == 0 and not self._has_front():
+            on = f". {self.directory.going_on()}" if self.directory is not None and kind == "orphan" else ""
+            with contextlib.suppress(OSError):  # the terminal that a front lent is still open here
+                os.write(2, f"error: {reason}{on}\n".encode())
         os._exit(status)
 
     def tell(self, error: BaseException, kind: exits.Kind) -> None:
         """Say on the terminal what ended a rank that has no front to say it: rank 0, else the first that failed."""
         rank = self.environment.rank
-        if self.front is not None or (rank and (kind != "error" or not self._is_first())):
+        if self._has_front() or (rank and (kind != "error" or not self._is_first())):
             return
         head = "stopped" if isinstance(error, Interrupted) else f"error: rank {rank}" if rank else "error"
         for text in _lines_of(error):
             put(self._terminal, f"{head}: {text}")
         if kind == "connection" and self.directory is not None:
-            put(self._terminal, f"another rank ended first; its log is in {self.directory.logs}")
+            put(
+                self._terminal,
+                f"another rank ended first; its log is in {self.directory.logs}. {self.directory.going_on()}",
+            )
+
+    def _has_front(self) -> bool:
+        """Whether there is a front, still alive, to say how the run ended."""
+        return self.front is not None and alive(self.front.process)
 
     def _is_first(self) -> bool:
         """Whether no other rank has told of an error of its own; rank 0 gets half a second to do so."""

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from camshaft.cli.launch import exits, heartbeat, terminal
@@ -170,6 +170,8 @@ class Supervisor:
         outcome = judge(views, job.processes, job.launcher, launcher_status, job.directory.logs, kills)
         if self._stop.requests > 1 and outcome.status != 0:
             return Outcome(130, "stopped at once, without a checkpoint of the last step")
+        if outcome.from_outside:
+            return replace(outcome, message=f"{outcome.message}. {job.directory.going_on()}")
         return outcome
 
     def end_all(self) -> None:
