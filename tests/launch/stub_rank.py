@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from camshaft.cli.launch import heartbeat
 from camshaft.cli.launch.rank import Station, supervised
 from camshaft.environment import read_environment
 from camshaft.errors import Interrupted, NonFiniteLoss
@@ -66,7 +67,19 @@ def seven(station: Station, step: int) -> None:
         os._exit(7)
 
 
-MODES = {"nan": nan, "memory": memory, "crash": crash, "early": early, "seven": seven}
+def sleepy(station: Station, step: int) -> None:
+    """Rank 1 stays in backward of step 5 for good; rank 0 waits for it in the reduction until it times out."""
+    if step == 5 and station.environment.rank == 1:
+        time.sleep(600)
+    if step == 5:
+        station.heartbeat.beat(step, "reduce")
+        path = station.directory.heartbeat
+        while [beat.step for beat in heartbeat.read(path)] != [5, 5]:
+            time.sleep(0.01)
+        raise RuntimeError("[../gloo/transport/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
+
+
+MODES = {"nan": nan, "memory": memory, "crash": crash, "early": early, "seven": seven, "sleepy": sleepy}
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]

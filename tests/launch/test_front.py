@@ -49,6 +49,7 @@ def test_killed_rank_ends_the_run_and_is_named(tmp_path):
         ("memory", 4, "rank 1 at step 5 during backward: MemoryError: 12 GiB"),
         ("crash", 1, "rank 1 crashed (Aborted) at step 5"),
         ("early", 1, "rank 1 ended without a word"),
+        ("sleepy", 1, "a collective waited 5 s in vain: rank 1 has been at step 5 during backward since then"),
         ("seven", 1, "rank 1 ended by itself with status 7, without an error"),
     ],
 )

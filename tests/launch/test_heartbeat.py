@@ -192,6 +192,13 @@ class TestJudge:
         found = self.judge(tmp_path, [view(0, 1, "connection"), view(1, vanished=True)], 1, "deepspeed")
         assert "rank 1 ended without a word" in found.message
 
+    def test_a_rank_that_only_the_front_could_end_is_named_beside_the_time_out_of_its_peer(self, tmp_path):
+        late = view(0, 1, "connection", "Timed out waiting 5000ms")
+        found = self.judge(tmp_path, [late, view(1, vanished=True, killed=True)], None)
+        assert "rank 1 did not answer, at step 9 during backward, and was killed" in found.message
+        own = view(0, 5, "error", "nan")
+        assert "did not answer" not in self.judge(tmp_path, [own, view(1, vanished=True, killed=True)]).message
+
     def test_memory_kills_of_the_kernel_are_told(self, tmp_path):
         found = self.judge(tmp_path, [view(0, 1, "connection"), view(1, vanished=True)], 247, memory=1)
         assert found.status == 4 and "memory ran out" in found.message

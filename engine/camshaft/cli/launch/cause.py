@@ -69,9 +69,9 @@ def judge(
     if first is not None and not (failed and failed[0].kind == "error" and failed[0].time < (first.gone_at or 0) - 0.5):
         others = {record.status for record in records}
         return _vanished(first, launcher, launcher_status, logs, memory_kills, others)
-    if failed and failed[0].kind != "orphan":
-        return _recorded(failed[0], logs)
     stuck = [view for view in ranks if view.killed and view.record is None]
+    if failed and failed[0].kind != "orphan":
+        return _recorded(failed[0], logs, stuck)
     if not failed and stuck and (launcher_status is None or launcher_status >= 0):
         view = stuck[0]
         text = f"rank {view.rank} did not stop in time, at step {view.step} during {doing(view.phase)}; it was killed"
@@ -79,10 +79,13 @@ def judge(
     return _launcher_ended(ranks, processes, launcher, launcher_status, logs)
 
 
-def _recorded(record: ExitRecord, logs: Path) -> Outcome:
+def _recorded(record: ExitRecord, logs: Path, stuck: list[RankView]) -> Outcome:
     status = record.status if record.status in _KNOWN else 1
     log = logs / f"rank_{record.rank}.log"
     text = f"rank {record.rank} at step {record.step} during {doing(record.phase)}: {record.error.rstrip('.')}"
+    if record.kind == "connection" and stuck and " has been at step " not in record.error:
+        view = stuck[0]
+        text += f"; rank {view.rank} did not answer, at step {view.step} during {doing(view.phase)}, and was killed"
     return Outcome(status, f"{text}. Log: {log}", from_outside=record.kind != "error")
 
 

@@ -75,16 +75,22 @@ def read_record(logs: Path, rank: int, process: Process) -> ExitRecord | None:
     return None
 
 
+def chain(error: BaseException) -> list[BaseException]:
+    """An error and the errors that it was made from, the last one first."""
+    found: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in found:
+        found.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return found
+
+
 def classify(error: BaseException) -> tuple[int, Kind]:
     """Exit status and kind of an error; looks through the errors that plugins' errors were made from."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    if any(_is_out_of_memory(one) for one in chain):
+    links = chain(error)
+    if any(_is_out_of_memory(one) for one in links):
         return OutOfMemory.exit_status, "error"
-    if any(_PEER_IS_GONE.search(str(one)) for one in chain if isinstance(one, (RuntimeError, OSError, CamshaftError))):
+    if any(_PEER_IS_GONE.search(str(one)) for one in links if isinstance(one, (RuntimeError, OSError, CamshaftError))):
         return error.exit_status if isinstance(error, CamshaftError) else 1, "connection"
     if isinstance(error, CamshaftError):
         return error.exit_status, "error"

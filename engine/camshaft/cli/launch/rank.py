@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn, TextIO
 
-from camshaft.cli.launch import exits, terminal
+from camshaft.cli.launch import exits, terminal, waiting
 from camshaft.cli.launch.heartbeat import Heartbeat
 from camshaft.cli.launch.logs import messages
 from camshaft.cli.launch.watch import StopSignal, Watchdog, watch_list
@@ -123,13 +123,21 @@ class Station:
         if self._has_front() or (rank and (kind != "error" or not self._is_first())):
             return
         head = "stopped" if isinstance(error, Interrupted) else f"error: rank {rank}" if rank else "error"
-        for text in _lines_of(error):
+        for text in self.words(error):
             put(self._terminal, f"{head}: {text}")
         if kind == "connection" and self.directory is not None:
             put(
                 self._terminal,
                 f"another rank ended first; its log is in {self.directory.logs}. {self.directory.going_on()}",
             )
+
+    def words(self, error: BaseException) -> list[str]:
+        """What to tell of an error: of a collective that timed out, which rank did not come to it."""
+        if self.directory is not None and self.environment.nodes == 1:  # other nodes' beats may come late
+            text = waiting.explain(error, self.directory.heartbeat, self.environment.rank)
+            if text:
+                return [text]
+        return _lines_of(error)
 
     def _has_front(self) -> bool:
         """Whether there is a front, still alive, to say how the run ended."""
@@ -204,7 +212,7 @@ def _ended(station: Station, error: BaseException) -> tuple[int, exits.Kind]:
         station.record(error.exit_status, "end", str(error))
         return error.exit_status, "end"
     status, kind = exits.classify(error)
-    station.record(status, kind, "; ".join(_lines_of(error)))
+    station.record(status, kind, "; ".join(station.words(error)))
     station.note("".join(traceback.format_exception(error)))
     return status, kind
 
