@@ -146,6 +146,13 @@ def test_a_launcher_that_cannot_start_ranks_is_named_with_its_last_words(tmp_pat
     assert "before a rank began" in process.text() and "no such accelerator" in process.text()
 
 
+def test_a_launcher_without_memory_is_one_line_and_status_4(tmp_path):
+    run = tmp_path / "run"
+    with started(front(run, "starved", "calm"), tmp_path / "out") as process:
+        assert process.wait(20) == 4
+    assert "memory ran out while the launcher" in process.text() and "MemoryError" not in process.text()
+
+
 def test_a_rank_that_never_begins_is_named(tmp_path):
     run = tmp_path / "run"
     with started(front(run, "half", "calm"), tmp_path / "out", STUB_STEPS="3") as process:

@@ -196,3 +196,21 @@ def test_a_run_that_is_continued_with_another_recipe_says_what_changed(recipe, t
     assert said[2].startswith("changed since the run began: plugins.clip {max_norm: 0.5") and len(said) == 3
     assert said[2].endswith("} -> (not set)")
     assert text.index("continuing the run in mine") < text.index(said[0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_one_process_without_memory_for_its_imports_is_one_line_and_status_4(recipe, monkeypatch, capsys, error):
+    def no_room(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("camshaft.distributed.set_threads", no_room)
+    assert run(["train", str(recipe), *ONE]) == 4
+    text = capsys.readouterr().err
+    assert text.startswith("error: memory ran out") and text.count("\n") == 1 and "ulimit -v" in text

@@ -15,7 +15,7 @@ from typing import NoReturn
 import typer
 
 from camshaft.cli.streams import announce, secure, silence
-from camshaft.errors import CamshaftError, Interrupted, RecipeError
+from camshaft.errors import CamshaftError, Interrupted, OutOfMemory, RecipeError
 
 COMMANDS = {
     "train": "Train what a recipe describes; starts its own ranks where the recipe asks for several.",
@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "Check this machine: torch, CUDA, NCCL, DeepSpeed and the launchers.",
     "data": "Build tokenised datasets.",
 }
+_MORE_MEMORY = "Free some, raise the limit (ulimit -v), or make the model or batch.micro_batch_size smaller"
 _LOCAL_RANK = re.compile(r"--local[-_]rank(=.*)?")
 
 
@@ -55,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
         silence(sys.stdout)
         return 1
     except Exception as error:
+        if _memory_ran_out(error):
+            announce(f"error: memory ran out ({_printable(str(error)) or 'MemoryError'}). {_MORE_MEMORY}", err=True)
+            return OutOfMemory.exit_status
         # Typer's usage errors have no importable base class that all supported versions share.
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):
             raise
@@ -110,6 +114,12 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Camshaft trains language models: a small core, and every strategy a plugin."""
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    from camshaft.cli.launch.exits import classify
+
+    return classify(error)[0] == OutOfMemory.exit_status
 
 
 def _show(error: CamshaftError) -> None:

@@ -7,7 +7,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from camshaft.cli.launch.exits import ExitRecord
+from camshaft.cli.launch.exits import ExitRecord, is_out_of_memory
 from camshaft.cli.launch.heartbeat import doing
 from camshaft.errors import OutOfMemory
 from camshaft.processes import Process
@@ -144,6 +144,9 @@ def _launcher_ended(ranks: list[RankView], processes: int, launcher: str, status
         how = f"ended with status {status}"
     missing = sorted(set(range(processes)) - {view.rank for view in ranks})
     if missing and not ranks:
+        if is_out_of_memory(tail(log)):
+            text = f"memory ran out while the launcher '{launcher}' began. Free some, or raise the limit (ulimit -v)"
+            return Outcome(OutOfMemory.exit_status, f"{text}. Log: {log}")
         last = "\n  ".join(tail(log).strip().splitlines()[-12:])
         return Outcome(3, f"the launcher '{launcher}' {how} before a rank began. The end of {log}:\n  {last}")
     if missing:

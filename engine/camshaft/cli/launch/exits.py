@@ -27,7 +27,9 @@ _PEER_IS_GONE = re.compile(
     r"could not meet the other ranks|recvvaluefailed|failed to recv",
     re.IGNORECASE,
 )
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,13 @@ def classify(error: BaseException) -> tuple[int, Kind]:
     return 1, "error"
 
 
+def is_out_of_memory(text: str) -> bool:
+    """Whether a message, or the end of a log, is of memory that ran out."""
+    return "MemoryError" in text or _OUT_OF_MEMORY.search(text) is not None
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, OutOfMemory)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and _OUT_OF_MEMORY.search(str(error)) is not None
+    # ImportError: the loader's, of a library that no room was found for
+    return isinstance(error, (RuntimeError, OSError, ImportError)) and _OUT_OF_MEMORY.search(str(error)) is not None
