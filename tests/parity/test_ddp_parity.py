@@ -11,8 +11,8 @@ from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks as train
 
 # fp64: the gate is 1e-12, the noise of sums in another order is about 1e-15. Weights after Adam steps divide by square
-# roots of tiny second moments; they stay under the same gate here. fp32: measured 2e-5 for gradients (of a parameter whose
-# gradient nearly cancels), 9e-7 for optimizer state and weights, 2e-7 for norm and loss.
+# roots of tiny second moments; they stay under the same gate here. fp32: measured 2e-5 for gradients (of a parameter
+# whose gradient nearly cancels), 9e-7 for optimizer state and weights, 2e-7 for norm and loss.
 BOUNDS = {
     "fp64": {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15},
     "fp32": {"gradients": 1e-4, "norm": 2e-6, "weights": 1e-5, "optimizer": 1e-5, "loss": 2e-6, "lr": 1e-15},
