@@ -220,8 +220,16 @@ def share_text(environment: Environment, text: str | None) -> str:
     return bytes(content.tolist()).decode().rstrip("\0")
 
 
-def check_agreement(environment: Environment, digest: str) -> None:
+SAME_RUN = (
+    "another recipe, or other versions of torch, Camshaft or a plugin, than rank 0. "
+    "Give every node the same files and packages"
+)
+
+
+def check_agreement(environment: Environment, digest: str, otherwise: str = SAME_RUN) -> None:
     """Compare what every rank is about to run, before the first collective of the training.
+
+    ``otherwise`` ends the error's sentence "rank(s) 1, 3 have ...", and says what to do.
 
     Raises:
         MachineError: on all ranks alike, naming the ranks whose ``digest`` is not rank 0's.
@@ -237,10 +245,7 @@ def check_agreement(environment: Environment, digest: str) -> None:
     others = [rank for rank, value in enumerate(found) if not torch.equal(value, found[0])]
     if others:
         names = ", ".join(str(rank) for rank in others[:8]) + (", ..." if len(others) > 8 else "")
-        raise MachineError(
-            f"rank(s) {names} have another recipe, or other versions of torch, Camshaft or a plugin, than rank 0. "
-            "Give every node the same files and packages"
-        )
+        raise MachineError(f"rank(s) {names} have {otherwise}")
 
 
 class Control:

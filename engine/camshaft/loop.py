@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+SAME_POLICY = "other dtypes than rank 0: their hardware makes `auto` choose otherwise. Name the precision in the recipe"
+
 Closing = Callable[[State, "Prepared"], None]
 
 
@@ -151,8 +153,8 @@ class Trainer:
         assert checked.mesh is not None and checked.batch is not None and checked.config is not None
         mesh = Mesh.connect(checked.mesh, environment.rank, device.type, recipe.launch.group_timeout_s)
         batch = checked.batch
-        self.data, self.directory = data, directory
-        self.samples = sample_limit(recipe, len(data.train))
+        self.data = data
+        samples = sample_limit(recipe, len(data.train))
         world = World(
             recipe=recipe,
             mesh=mesh,
@@ -162,7 +164,7 @@ class Trainer:
             policy=SINGLE,
             batch=batch,
             run=directory,
-            total_steps=total_steps(recipe, self.samples, batch.global_batch_size),
+            total_steps=total_steps(recipe, samples, batch.global_batch_size),
         )
         part = checked.mesh.batch_index(environment.rank)
         loader = Loader(
@@ -171,17 +173,17 @@ class Trainer:
             index=part,
             degree=checked.mesh.batch_degree,
             seed=recipe.seed,
-            stop=self.samples,
+            stop=samples,
             device=device,
         )
         self.host = host
         self.control = Control(environment, recipe.launch.group_timeout_s)
-        self.state, self.program = build(self.host, world, checked.config, checked.plans, loader, self.control)
-        check_agreement(environment, f"{world.policy}")  # `auto` may choose otherwise on a node of another kind
+        self.state, program = build(self.host, world, checked.config, checked.plans, loader, self.control)
+        check_agreement(environment, f"{world.policy}", SAME_POLICY)
         self.state.data_fingerprint = data.fingerprint
         self.state.components = components(self.host, self.state)
         self._plans = checked.plans
-        self.stepper = Stepper(self.host, self.state, self.program)
+        self.stepper = Stepper(self.host, self.state, program)
         self.meter = Meter(self.state)
         self._log = bind.event(self.host, "log")
         self._save = bind.slot(self.host, "save")
@@ -191,7 +193,8 @@ class Trainer:
         state = self.state
         bind_plugins(self.host, state, self._plans)
         load = bind.slot(self.host, "load")
-        self.resumed = bool(load is not None and load(state))
+        if load is not None:
+            load(state)
         state.loader.seek(state.consumed_samples)
         self.meter.start()
         self.host.call("pre_run", state)
@@ -250,13 +253,12 @@ class Trainer:
         self._emit(record)
 
     def evaluate(self) -> None:
-        """Loss, perplexity and bits per byte over the first ``eval_samples`` of the validation set."""
+        """Loss, perplexity and bits per byte over ``eval_samples`` samples, evenly spread over the validation set."""
         record = self.meter.evaluate(self.stepper.forward_call, self.data)
         if record is not None:
             self._emit(record)
 
     def _emit(self, record: dict[str, float | int]) -> None:
-        self.state.last_record = record
         if self._log is not None:
             self._log(self.state, record)
 
@@ -268,6 +270,7 @@ class Trainer:
                 function(self.state, status)
             except Exception as error:  # all of them must close; the first fault is raised below
                 faults.append(error)
+                _log.error("while closing: %s", error)
         self.state.loader.close()
         self.control.close()
         if faults and status != "failed":

@@ -105,7 +105,7 @@ class Meter:
         return rates
 
     def evaluate(self, forward: Forward, data: Prepared) -> dict[str, float | int] | None:
-        """Evaluate on the first samples of the validation set, split over the ranks; None if there is none."""
+        """Evaluate on samples spread evenly over the validation set, split over the ranks; None if there is none."""
         if data.validation is None:
             return None
         state, world = self.state, self.state.world

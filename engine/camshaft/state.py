@@ -95,7 +95,6 @@ class State:
     lr: float = 0.0
     consumed_samples: int = 0
     consumed_tokens: int = 0
-    last_record: Mapping[str, float | int] = field(default_factory=dict)
     extras: dict[str, float] = field(default_factory=dict)
     """Host numbers that plugins add to the next log record, under ``plugin/<name>/<metric>``; empty after it."""
     components: list[Component] = field(default_factory=list)

@@ -7,8 +7,8 @@ the sum is final: nothing is averaged here.
 
 Invariant: after ``reduce`` every rank holds bit-equal gradients; a parameter that no rank used has none, as in one
 process. Memory: the gradients themselves (one copy), padded to 16 elements a parameter, and for a moment the fresh
-ones of buckets that backward has not filled yet. Traffic a rank and step, for N ranks and P gradient elements:
-2 (N-1)/N P elements. Claims the layout and the reduction of gradients on ``dp``.
+ones: of one parameter on a CPU, of buckets that backward has not filled yet on a GPU. Traffic a rank and step, for N
+ranks and P gradient elements: 2 (N-1)/N P elements. Claims the layout and the reduction of gradients on ``dp``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Options(camshaft.Options):
     """How gradients travel."""
 
     bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
-    """Size of a bucket in MiB: smaller ones start earlier, larger ones have less overhead."""
+    """Largest size of a bucket in MiB, 1 for the first: smaller ones start earlier, larger ones have less overhead."""
     overlap: bool = True
     """Reduce while backward goes on; off, all buckets are reduced after it. The numbers are bit-equal."""
 

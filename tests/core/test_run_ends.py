@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from run_stand_ins import Asked, Raises
 
 from camshaft import loop
 from camshaft.distributed import Environment
@@ -10,6 +11,7 @@ from camshaft.errors import Interrupted, MachineError, NonFiniteLoss, OutOfMemor
 from camshaft.loop import out_of_memory, run, session
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.rundir import RunDirectory
+from camshaft.state import Policy
 from camshaft.testing.ranks import run_ranks
 from camshaft.testing.run import Quiet
 
@@ -31,24 +33,30 @@ class Closes(Plugin):
             raise self.error
 
 
-class Raises(Plugin):
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    @hookimpl
-    def pre_forward(self):
-        raise self.error
-
-
-class Asked:
-    requested = 1
-
-
 def train(resolved, observers, stop=None, environment=None):
     directory = RunDirectory(resolved.recipe.run.dir)
     with session(resolved, environment or Environment(), directory, observers) as trainer:
         trainer.train(Quiet(), stop or Quiet())
+
+
+class Wide(Plugin):
+    @hookimpl
+    def precision(self, world):
+        return Policy(*[torch.float64] * 4)
+
+
+def other_dtypes_on_rank_one(rank, world_size, resolved):
+    environment = Environment(rank, rank, world_size, world_size, "torchrun")
+    with pytest.raises(MachineError) as caught:
+        train(resolved, {"wide": Wide()} if rank == 1 else {}, environment=environment)
+    return str(caught.value)
+
+
+def test_ranks_that_chose_other_dtypes_are_refused_on_every_rank(make_recipe):
+    settings = {name: options for name, options in SETTINGS.items() if name != "precision"}
+    resolved = make_recipe(settings, 2, training=TRAINING)
+    told = run_ranks(2, other_dtypes_on_rank_one, resolved)
+    assert told[0] == told[1] and told[0].startswith("rank(s) 1 have other dtypes than rank 0")
 
 
 def test_all_plugins_close_in_reverse_order_and_the_first_fault_is_told(make_recipe):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from run_stand_ins import Asked, Raises
 
 from camshaft.claims import Claim, Plan
 from camshaft.distributed import Environment
@@ -262,20 +263,6 @@ def test_a_non_finite_loss_ends_the_run_and_says_when(make_recipe):
     assert caught.value.exit_status == 5
 
 
-class Exhausts(Plugin):
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    @hookimpl
-    def pre_forward(self):
-        raise self.error
-
-
-class Asked:
-    requested = 1
-
-
 def test_a_stop_ends_after_the_step_with_a_checkpoint_or_says_that_there_is_none(make_recipe):
     resolved = make_recipe(SETTINGS, training={"max_steps": 9, "log_every": 5})
     journal = Journal()
@@ -313,7 +300,7 @@ def test_all_ranks_stop_in_the_same_step_when_one_is_asked(make_recipe):
 
 def raise_on_rank_one(rank, world_size, resolved):
     environment = Environment(rank, rank, world_size, world_size, "torchrun")
-    observers = {"broken": Exhausts(ValueError("only here"))} if rank == 1 else {}
+    observers = {"broken": Raises(ValueError("only here"))} if rank == 1 else {}
     with session(resolved, environment, RunDirectory(resolved.recipe.run.dir), observers) as trainer:
         trainer.train(Quiet(), Quiet())
 

@@ -169,6 +169,13 @@ def test_gradients_are_views_into_the_buckets():
     assert run_ranks(2, gradients_are_views) == [True, True]
 
 
+def test_the_first_bucket_is_small_so_that_the_wire_starts_early(monkeypatch):
+    monkeypatch.setattr("camshaft_ddp.bucket.FIRST_BYTES", 100)
+    parameters = [nn.Parameter(torch.zeros(20)) for _ in range(5)]
+    assert [len(bucket.parameters) for bucket in fill(parameters, 250)] == [1, 3, 1]
+    assert [len(bucket.parameters) for bucket in fill(parameters, 90)] == [1] * 5
+
+
 def test_buckets_hold_one_dtype_and_respect_their_size():
     parameters = [
         nn.Parameter(torch.zeros(n, dtype=d))
