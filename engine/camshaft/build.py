@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from camshaft.claims import Plan
 from camshaft.errors import PluginError
 from camshaft.host import Host
+from camshaft.masters import Masters, whole_parts
 from camshaft.models.config import ModelConfig
 from camshaft.program import Action, window_program
 from camshaft.state import Policy, State, World
@@ -55,12 +56,15 @@ def build(
     world.roles = roles(model)
     for phase in CHAINS:
         _chain(host, phase, world, model, plans)
-    _materialize(host, world, model)
+    masters = _materialize(host, world, model)
     owner = host.owner("optimizer")
     if owner is None:
         raise PluginError("?", "optimizer", "no plugin owns the optimizer; `camshaft validate` says how to add one")
     optimizer: Optimizer = _expect(owner[0], "optimizer", owner[1](world, model), Optimizer)
-    state = State(world=world, config=config, model=model, optimizer=optimizer, loader=loader, control=control)
+    _check_optimizer(owner[0], optimizer, world)
+    state = State(
+        world=world, config=config, model=model, optimizer=optimizer, loader=loader, control=control, masters=masters
+    )
     return state, window_program(host, world.mesh.shape, world.rank, world.batch.accumulation)
 
 
@@ -149,14 +153,37 @@ def _check_layouts(
             )
 
 
-def _materialize(host: Host, world: World, model: Module) -> None:
+def _materialize(host: Host, world: World, model: Module) -> Masters | None:
+    """Values for all parameters, and ``world.parts``; masters that the core has to keep are returned."""
     owner = host.owner("materialize")
+    narrow = world.policy.master != world.policy.param
     if owner is not None:
         owner[1](world, model)
-        return
-    from camshaft.models.init import materialize
+        if len(world.parts):
+            return None
+    else:
+        from camshaft.models.init import materialize
 
-    materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.param)
+        materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.master)
+    if not narrow:
+        world.parts = whole_parts(model, world.roles)
+        return None
+    masters = Masters(model, world.roles, world.policy.param)
+    world.parts = masters.parts
+    return masters
+
+
+def _check_optimizer(name: str, optimizer: Optimizer, world: World) -> None:
+    """An optimizer over anything but the parts would update what nobody reads, or parameters that others hold too."""
+    known = {id(tensor) for tensor in world.parts.tensors}
+    strange = [tensor for group in optimizer.param_groups for tensor in group["params"] if id(tensor) not in known]
+    if strange:
+        raise PluginError(
+            name,
+            "optimizer",
+            f"{len(strange)} of its tensors, the first {list(strange[0].shape)}, are not what is to be updated: build "
+            "it over world.parts.tensors, not over the model's parameters, which another plugin lays out",
+        )
 
 
 def _expect(plugin: str, hook: str, value: Any, wanted: type[Any]) -> Any:

@@ -100,13 +100,16 @@ class BuildHooks:
     def materialize(self, world: World, model: Module) -> None:
         """Slot. Give every parameter its storage and first value, which depends on seed and name only.
 
+        The owner also sets ``world.parts``, if what the optimizer updates is not the model's parameters themselves.
         Without an owner: ``camshaft.models.init.materialize`` on ``world.device``. Since hook API 1.
         """
         raise AssertionError
 
     @hookspec
     def optimizer(self, world: World, model: Module) -> Optimizer:
-        """Slot, required. Build the optimizer over the parameters that train. Since hook API 1."""
+        """Slot, required. Build the optimizer over ``world.parts.tensors``: the parameters that train, or what holds
+        them (parts of them, side by side, in the master dtype). Since hook API 1.
+        """
         raise AssertionError
 
     @hookspec
@@ -166,7 +169,14 @@ class StepHooks:
         """Event. Finish the reduction of gradients on every claimed axis.
 
         When the last owner returns, gradients are the final sums that one process would have. To read or change them,
-        come after the owners in the recipe. Since hook API 1.
+        implement ``post_reduce``. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
+    def post_reduce(self, state: State) -> None:
+        """Event. Gradients are final on every axis, in ``part.tensor.grad`` of ``state.world.parts``, and not clipped
+        yet: here they may be read or changed, on all ranks alike. Since hook API 1.
         """
         raise AssertionError
 
@@ -200,7 +210,7 @@ class StepHooks:
     def release(self, state: State) -> None:
         """Slot. Make the gradients ready for the next window.
 
-        Without an owner every parameter's gradient is freed. Since hook API 1.
+        Without an owner every gradient is freed, of parameters and of parts. Since hook API 1.
         """
         raise AssertionError
 
@@ -215,6 +225,15 @@ class StepHooks:
 
 class RunHooks:
     """Called now and then: at the start, at log intervals, for checkpoints, at the end."""
+
+    @hookspec
+    def inert(self, state: State) -> str | None:
+        """Collected. Why this plugin has had no effect on the run so far, in one sentence; None when it had one.
+
+        Called once, after the first step that a process runs; a reason on any rank stops the run on all.
+        Since hook API 1.
+        """
+        raise AssertionError
 
     @hookspec
     def load(self, state: State) -> bool:

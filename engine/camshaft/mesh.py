@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from camshaft.comm import Channel
     from camshaft.recipe.schema import Parallel
 
 
@@ -128,6 +129,13 @@ class Mesh:
 
     def degree(self, axis: str) -> int:
         return self.shape[axis].degree
+
+    def channel(self, plugin: str, axis: str) -> Channel | None:
+        """The line of ``plugin`` to this rank's peers along ``axis``; ``None`` when there is one process in all."""
+        from camshaft.comm import Channel
+
+        group = self.group(axis)
+        return None if group is None else Channel(group, plugin, axis)
 
     def group(self, axis: str) -> ProcessGroup | None:
         """Process group of this rank's peers along ``axis``; ``None`` when there is one process in all."""

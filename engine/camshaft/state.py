@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
     from camshaft.data.loader import Loader, Window
     from camshaft.distributed import Control
+    from camshaft.masters import Masters
     from camshaft.mesh import Mesh
     from camshaft.models.config import ModelConfig
+    from camshaft.parts import Parts
     from camshaft.recipe.schema import Recipe
     from camshaft.rundir import RunDirectory
 
@@ -27,14 +29,22 @@ Component = tuple[str, Callable[[], Mapping[str, Any]], Callable[[Mapping[str, A
 class Policy:
     """Dtypes that owners of storage, computation and reduction read.
 
-    ``param``: of the parameters that the optimizer updates when ``master`` equals it; ``compute``: of matrix products;
-    ``reduce``: of gradients while they are summed over ranks; ``master``: of the weights that the optimizer updates.
+    ``param``: of the model's parameters and of the gradients that backward makes; ``compute``: of matrix products;
+    ``reduce``: of gradients while they are summed over ranks; ``master``: of the weights that the optimizer updates,
+    kept beside the parameters where it differs from ``param``.
     """
 
     param: torch.dtype
     compute: torch.dtype
     reduce: torch.dtype
     master: torch.dtype
+    gradient: torch.dtype | None = None
+    """Of summed gradients while they are kept until the step; None: as ``param``."""
+
+    @property
+    def kept(self) -> torch.dtype:
+        """Dtype of summed gradients while they are kept until the step."""
+        return self.param if self.gradient is None else self.gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,12 @@ class BatchPlan:
     micro_batch_size: int
     global_batch_size: int
     accumulation: int
+
+
+def _no_parts() -> Parts:
+    from camshaft.parts import Parts
+
+    return Parts(())
 
 
 @dataclass(slots=True)
@@ -62,6 +78,12 @@ class World:
     """Optimizer steps of the whole run, from max_steps, max_epochs or max_tokens."""
     roles: dict[str, str] = field(default_factory=dict)
     """Parameter name to role: ``matrix``, ``embedding``, ``norm`` or ``bias``; filled when the model is built."""
+    parts: Parts = field(default_factory=lambda: _no_parts())
+    """What an optimizer updates, of parameters that train; set by the owner of ``materialize``, else by the build."""
+    stored: Parts = field(default_factory=lambda: _no_parts())
+    """Parameters that do not train and are divided over ranks: they have no part that is updated."""
+    readable: bool = True
+    """Whether every parameter of the model can be read where it is on this rank, outside of a forward."""
 
     @property
     def is_main(self) -> bool:
@@ -92,9 +114,16 @@ class State:
     """Sum of token losses of this rank's part of the window, detached."""
     grad_norm: Tensor | None = None
     """Global gradient norm before clipping, of the step just done."""
+    loss_scale: Tensor | None = None
+    """Factor on the loss in backward, a scalar on the device, which the owner of ``precision`` sets, and divides out in
+    ``post_reduce``; None is 1."""
+    skipped: bool = False
+    """True when the step just done changed nothing: an owner found its gradients unusable, on all ranks alike."""
     lr: float = 0.0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    masters: Masters | None = None
+    """Master weights that the core keeps, where they differ from the parameters and no owner of storage has them."""
     extras: dict[str, float] = field(default_factory=dict)
     """Host numbers that plugins add to the next log record, under ``plugin/<name>/<metric>``; empty after it."""
     components: list[Component] = field(default_factory=list)

@@ -45,6 +45,8 @@ class Stepper:
         self._pre_forward = bind.event(host, "pre_forward")
         self._post_backward = bind.event(host, "post_backward")
         self._reduce = bind.event(host, "reduce")
+        self._post_reduce = bind.event(host, "post_reduce")
+        self._masters = state.masters
         self._clip = bind.slot(host, "clip")
         self._lr = bind.slot(host, "lr")
         self._parameters = tuple(state.model.parameters())
@@ -67,7 +69,7 @@ class Stepper:
         state = self.state
         assert state.window is not None
         state.control.start((state.window.weight, int(stop_requested)))
-        state.loss = None
+        state.loss, state.grad_norm, state.skipped = None, None, False
         self._scale = None
         seed_step(state)
         for call, microbatch, phase in self.program:
@@ -126,11 +128,16 @@ class Stepper:
         """Wait for the window's total weight, and return 1 / weight as the gradient that enters each backward."""
         weight, self.stop_votes = self.state.control.finish()
         self.total_weight = weight // self.replicas
-        return torch.full_like(loss, 1.0 / max(self.total_weight, 1))
+        scale = torch.full_like(loss, 1.0 / max(self.total_weight, 1))
+        return scale if self.state.loss_scale is None else scale.mul_(self.state.loss_scale)
 
     def _do_reduce(self, _: int) -> None:
         if self._reduce is not None:
             self._reduce(self.state)
+        if self._masters is not None:
+            self._masters.take_gradients()
+        if self._post_reduce is not None:
+            self._post_reduce(self.state)
 
     def _do_clip(self, _: int) -> None:
         if self._clip is not None:
@@ -140,6 +147,8 @@ class Stepper:
         """Drop every gradient, also of parameters that train but are in no group of the optimizer."""
         for parameter in self._parameters:
             parameter.grad = None
+        for part in self.state.world.parts:
+            part.tensor.grad = None
 
     def _do_step(self, _: int) -> None:
         state = self.state
@@ -151,6 +160,8 @@ class Stepper:
                 group["lr"] = group["initial_lr"] * factor
         state.lr = groups[0]["lr"]
         self._step()
+        if self._masters is not None and not state.skipped:
+            self._masters.give_weights()
         self._release(state)
         state.step += 1
         state.consumed_samples += state.window.samples

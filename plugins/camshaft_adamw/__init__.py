@@ -56,6 +56,6 @@ class Plugin(camshaft.Plugin):
         from camshaft.models.groups import decay_groups
 
         options = self.options
-        groups = decay_groups(model, world.roles, options.weight_decay, decay_embeddings=options.decay_embeddings)
+        groups = decay_groups(world.parts, options.weight_decay, decay_embeddings=options.decay_embeddings)
         beta1, beta2 = options.betas
         return torch.optim.AdamW(groups, lr=options.lr, betas=(beta1, beta2), eps=options.eps, fused=True)

@@ -32,13 +32,8 @@ class Plugin(camshaft.Plugin):
     Options = Options
 
     @camshaft.hookimpl
-    def bind(self, state: State) -> None:
-        """Take the parameters that train, once each."""
-        self._parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-
-    @camshaft.hookimpl
-    def clip(self) -> Tensor:
+    def clip(self, state: State) -> Tensor:
         """Scale gradients in place; return the norm before."""
         from camshaft_clip.norm import clip_
 
-        return clip_(self._parameters, self.options.max_norm)
+        return clip_(state.world.parts, self.options.max_norm)

@@ -1,4 +1,4 @@
-"""The global norm over plain and laid-out gradients."""
+"""The global norm over plain, divided and laid-out gradients."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
+
+from camshaft.parts import Parts
 
 
-def clip_(parameters: Sequence[Parameter], max_norm: float | None) -> Tensor:
+def clip_(parts: Parts, max_norm: float | None) -> Tensor:
     """Clip in place; return the norm before clipping, a scalar in fp32 or wider on the gradients' device.
 
-    Parameters without a gradient are left out. A NaN or infinite norm makes every gradient NaN or zero, and is
+    Parts without a gradient are left out. A NaN or infinite norm makes every gradient NaN or zero, and is
     returned as it is: the core refuses it at the next log interval.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = global_norm(gradients, parameters[0].device if parameters else None)
+    gradients = [tensor.grad for tensor in parts.tensors if tensor.grad is not None]
+    norm = global_norm(gradients, parts)
     if max_norm is not None and gradients:
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
@@ -26,22 +27,28 @@ def clip_(parameters: Sequence[Parameter], max_norm: float | None) -> Tensor:
     return norm
 
 
-def global_norm(gradients: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+def global_norm(gradients: Sequence[Tensor], parts: Parts) -> Tensor:
     """L2 norm over all gradients, each counted once.
 
-    Gradients that are DTensors contribute their local shard; the squares are then summed over the mesh axes that they
-    are sharded on, one reduction for each distinct layout. Replicated and plain ones are counted locally. Without any
-    gradient it is 0 on ``device``.
+    Where parts are divided over ranks, the squares of all are summed over those. Gradients that are DTensors
+    contribute their local shard; their squares are summed over the mesh axes that they are sharded on, one reduction
+    for each distinct layout. Without any gradient it is 0.
     """
-    if not gradients:
-        return torch.zeros((), device=device)
     layouts: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         layouts.setdefault(_layout(gradient), []).append(gradient)
-    if len(layouts) == 1 and not isinstance(gradients[0], DTensor):
+    alone = parts.channel is None or parts.channel.size == 1
+    if alone and len(layouts) == 1 and not isinstance(gradients[0], DTensor):
         return _local_norm(gradients)
     squares = [_reduced_square(members) for members in layouts.values()]
-    return torch.stack(squares).sum().sqrt()
+    device = parts.tensors[0].device if len(parts) else None
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+    if parts.channel is not None and not alone:
+        total = total.double()  # one dtype on all ranks, also on those that hold nothing
+        parts.channel.all_reduce(total, "clip").wait()
+        wide = any(tensor.dtype == torch.float64 for tensor in parts.tensors)
+        return total.sqrt().to(torch.float64 if wide else torch.float32)
+    return total.sqrt()
 
 
 def _reduced_square(members: Sequence[Tensor]) -> Tensor:

@@ -59,5 +59,5 @@ class Plugin(camshaft.Plugin):
         from camshaft.models.groups import decay_groups
 
         options = self.options
-        groups = decay_groups(model, world.roles, options.weight_decay)
+        groups = decay_groups(world.parts, options.weight_decay)
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True)

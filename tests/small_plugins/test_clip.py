@@ -6,8 +6,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from camshaft.parts import Part, Parts, Piece
 from camshaft.testing.ranks import run_ranks
-from camshaft_clip.norm import clip_, global_norm
+from camshaft_clip import norm as clipping
 
 
 def parameters(*shapes, dtype=torch.float64):
@@ -16,6 +17,20 @@ def parameters(*shapes, dtype=torch.float64):
     for parameter in made:
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
     return made
+
+
+def parts_of(made):
+    return Parts(
+        Part(p, "matrix", (Piece(str(index), tuple(p.shape), 0, 0, p.numel()),)) for index, p in enumerate(made)
+    )
+
+
+def clip_(made, max_norm):
+    return clipping.clip_(parts_of(made), max_norm)
+
+
+def global_norm(gradients):
+    return clipping.global_norm(gradients, parts_of([]))
 
 
 def flat(made):

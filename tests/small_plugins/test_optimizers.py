@@ -8,6 +8,7 @@ from torch import nn
 
 from camshaft.build import roles
 from camshaft.errors import RecipeError
+from camshaft.masters import whole_parts
 from camshaft.models.groups import decay_groups
 from camshaft_adamw import Options as AdamWOptions
 from camshaft_adamw import Plugin as AdamW
@@ -41,7 +42,7 @@ def names(model, group):
 
 def test_matrices_and_embeddings_decay_and_nothing_else_and_ties_count_once():
     model = Small()
-    decays, plain = decay_groups(model, ROLES, 0.1)
+    decays, plain = decay_groups(whole_parts(model, ROLES), 0.1)
     assert names(model, decays) == {"embed.weight", "linear.weight"} and decays["weight_decay"] == 0.1
     assert names(model, plain) == {"linear.bias", "norm.weight", "norm.bias"} and plain["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in (decays, plain)) == 5
@@ -50,13 +51,13 @@ def test_matrices_and_embeddings_decay_and_nothing_else_and_ties_count_once():
 def test_embeddings_may_be_left_out_and_frozen_parameters_always_are():
     model = Small()
     model.linear.weight.requires_grad_(False)
-    (only,) = decay_groups(model, ROLES, 0.1, decay_embeddings=False)
+    (only,) = decay_groups(whole_parts(model, ROLES), 0.1, decay_embeddings=False)
     assert only["weight_decay"] == 0.0 and names(model, only) == set(ROLES) - {"linear.weight"}
 
 
 def test_a_frozen_model_is_refused():
     with pytest.raises(RecipeError, match="every parameter of the model is frozen"):
-        decay_groups(Small().requires_grad_(False), ROLES, 0.1)
+        decay_groups(whole_parts(Small().requires_grad_(False), ROLES), 0.1)
 
 
 def test_roles_of_a_foreign_model_fall_back_to_dimensions():
@@ -72,7 +73,8 @@ def test_roles_of_a_foreign_model_fall_back_to_dimensions():
     ],
 )
 def test_options_reach_torch(plugin, kind):
-    optimizer = plugin.optimizer(SimpleNamespace(roles=ROLES), Small())
+    model = Small()
+    optimizer = plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES)), model)
     assert isinstance(optimizer, kind)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert all(group["lr"] == 1e-3 and group["fused"] for group in optimizer.param_groups)
@@ -88,7 +90,7 @@ def test_options_reach_torch(plugin, kind):
 def test_adamw_decays_embeddings_only_when_told(decays, expected):
     model = Small()
     plugin = AdamW(AdamWOptions(lr=1e-3, weight_decay=0.2, decay_embeddings=decays))
-    optimizer = plugin.optimizer(SimpleNamespace(roles=ROLES), model)
+    optimizer = plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES)), model)
     assert names(model, optimizer.param_groups[0]) == expected
 
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch.nn import Module
+from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from camshaft.parts import Parts
 
 DECAYING = frozenset({"matrix", "embedding"})
 
 
-def decay_groups(
-    model: Module, roles: Mapping[str, str], weight_decay: float, *, decay_embeddings: bool = True
-) -> list[dict[str, Any]]:
-    """Parameters that train, once each, in two groups: those whose role decays, then norms and biases.
+def decay_groups(parts: Parts, weight_decay: float, *, decay_embeddings: bool = True) -> list[dict[str, Any]]:
+    """What is to be updated (``world.parts``) in two groups: that whose role decays, then norms and biases.
 
-    A group without parameters is left out. Frozen parameters get no optimizer state.
+    A group without members is left out. Frozen parameters are in none, and get no optimizer state.
 
     Raises:
         RecipeError: nothing trains.
     """
     decaying = DECAYING if decay_embeddings else DECAYING - {"embedding"}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trained:
+    if not len(parts):
         raise RecipeError("every parameter of the model is frozen: there is nothing to train")
     split: tuple[list[Any], list[Any]] = ([], [])
-    for name, parameter in trained:
-        split[roles[name] not in decaying].append(parameter)
+    for part in parts:
+        split[part.role not in decaying].append(part.tensor)
     decays = (weight_decay, 0.0)
-    return [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in zip(split, decays, strict=True)
-        if parameters
-    ]
+    return [{"params": tensors, "weight_decay": decay} for tensors, decay in zip(split, decays, strict=True) if tensors]

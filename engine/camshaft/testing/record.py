@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from camshaft.meter import global_sums
+from camshaft.parts import Part, Piece
 from camshaft.plugin import Plugin, hookimpl
-from camshaft.state import State
+from camshaft.state import State, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class StepRecord:
 
 
 class Probe(Plugin):
-    """Records every step of a run. Must come last in the recipe's order, to see gradients after every reduction."""
+    """Records every step of a run, gradients as they are after every reduction and before clipping."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,9 +41,9 @@ class Probe(Plugin):
         self._gradients: dict[str, Tensor | None] = {}
 
     @hookimpl
-    def reduce(self, state: State) -> None:
+    def post_reduce(self, state: State) -> None:
         """Copy the gradients before clipping."""
-        self._gradients = gradients(state.model)
+        self._gradients = gradients(state.world, state.model)
 
     @hookimpl
     def post_step(self, state: State) -> None:
@@ -52,32 +55,97 @@ class Probe(Plugin):
                 step=state.step,
                 gradients=self._gradients,
                 norm=None if state.grad_norm is None else float(state.grad_norm),
-                weights=weights(state.model),
-                optimizer=optimizer_state(state.model, state.optimizer),
+                weights=weights(state.world, state.model),
+                optimizer=optimizer_state(state.world, state.optimizer),
                 loss=loss / max(weight, 1.0),
                 lr=state.lr,
             )
         )
 
 
-def gradients(model: Module) -> dict[str, Tensor | None]:
-    """Copies of all gradients by name."""
-    return {name: None if p.grad is None else p.grad.detach().clone().cpu() for name, p in model.named_parameters()}
+def gradients(world: World, model: Module) -> dict[str, Tensor | None]:
+    """Copies of all summed gradients by name, whole; None for parameters without one."""
+    held = {part: part.tensor.grad for part in world.parts}
+    found = dict[str, Tensor | None](dict.fromkeys(name for name, _ in model.named_parameters()))
+    return found | assemble(world, {part: value for part, value in held.items() if value is not None})
 
 
-def weights(model: Module) -> dict[str, Tensor]:
-    """Copies of all parameters by name."""
-    return {name: parameter.detach().clone().cpu() for name, parameter in model.named_parameters()}
-
-
-def optimizer_state(model: Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of the optimizer's tensors as ``<parameter>/<key>``."""
+def weights(world: World, model: Module) -> dict[str, Tensor]:
+    """Copies of all parameters by name, whole; the masters of those that train."""
+    divided = assemble(world, {part: part.tensor for parts in (world.parts, world.stored) for part in parts})
     return {
-        f"{name}/{key}": torch.as_tensor(value).detach().clone().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in dict[str, Any](optimizer.state.get(parameter, {})).items()
-        if value is not None
+        name: divided[name] if name in divided else _copy(parameter) for name, parameter in model.named_parameters()
     }
+
+
+def optimizer_state(world: World, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Copies of the optimizer's tensors as ``<parameter>/<key>``, whole."""
+    states = {part: dict[str, Any](optimizer.state.get(part.tensor, {})) for part in world.parts}
+    found: dict[str, Tensor] = {}
+    for key in shared_keys(world, {key for state in states.values() for key in state}):
+        values = {part: state[key] for part, state in states.items() if state.get(key) is not None}
+        full = {part: value for part, value in values.items() if _like(value, part)}
+        found |= {f"{name}/{key}": value for name, value in assemble(world, full).items()}
+        single = {part: value for part, value in values.items() if part not in full}
+        found |= {f"{name}/{key}": value for name, value in _singles(world, single).items()}
+    return found
+
+
+def assemble(world: World, values: Mapping[Part, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by parameter name, on the CPU, from what every rank holds of them. Collective.
+
+    ``values`` maps a part to a tensor laid out as its own. Ranks that hold the same elements must agree in every bit.
+    """
+    pieces: list[tuple[Piece, Tensor]] = []
+    found: dict[str, Tensor] = {}
+    for part, value in values.items():
+        if part.whole:
+            found[part.pieces[0].name] = _copy(value)
+        else:
+            pieces += [(piece, _copy(flat)) for piece, flat in part.slices(value.detach())]
+    filled: dict[str, Tensor] = {}
+    for piece, flat in (each for of_rank in _share(world, pieces) for each in of_rank):
+        whole = found.setdefault(piece.name, torch.zeros(piece.shape, dtype=flat.dtype)).view(-1)
+        mask = filled.setdefault(piece.name, torch.zeros(whole.numel(), dtype=torch.bool))
+        stretch = slice(piece.start, piece.start + piece.length)
+        both = mask[stretch]
+        assert torch.equal(whole[stretch][both], flat[both]), f"ranks hold unequal copies of '{piece.name}'"
+        whole[stretch] = flat
+        mask[stretch] = True
+    assert all(bool(mask.all()) for mask in filled.values()), "elements that no rank holds"
+    return found
+
+
+def shared_keys(world: World, keys: Collection[str]) -> list[str]:
+    """Keys that any rank has, in one order on all."""
+    return sorted({key for of_rank in _share(world, sorted(keys)) for key in of_rank})
+
+
+def _singles(world: World, values: Mapping[Part, Any]) -> dict[str, Tensor]:
+    own = {
+        piece.name: torch.as_tensor(value).detach().clone().cpu()
+        for part, value in values.items()
+        for piece in part.pieces
+    }
+    return {name: value for of_rank in _share(world, own) for name, value in of_rank.items()}
+
+
+def _like(value: Any, part: Part) -> bool:
+    return isinstance(value, Tensor) and value.shape == part.tensor.shape
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone().cpu()
+
+
+def _share(world: World, own: Any) -> list[Any]:
+    """What every rank has to say; nothing is exchanged where every part is whole."""
+    if world.parts.channel is None or world.world_size == 1:
+        return [own]
+    everyone: list[Any] = [None] * world.world_size
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def distance(one: Tensor, other: Tensor) -> float:

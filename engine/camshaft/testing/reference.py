@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from camshaft.data.loader import Loader
@@ -17,7 +19,7 @@ from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
 from camshaft.recipe import check
 from camshaft.state import BatchPlan
-from camshaft.testing.record import StepRecord, gradients, optimizer_state, weights
+from camshaft.testing.record import StepRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +67,7 @@ def plain_run(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == "bf16"):
             loss = model(batch) / int((batch.labels >= 0).sum())
         loss.backward()
-        raw = gradients(model)
+        raw = _gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm) if max_norm is not None else None
         for group, rate in zip(chosen.param_groups, rates, strict=True):
             group["lr"] = rate * factor(step, steps)
@@ -76,11 +78,28 @@ def plain_run(
                 step=step + 1,
                 gradients=raw,
                 norm=None if norm is None else float(norm),
-                weights=weights(model),
-                optimizer=optimizer_state(model, chosen),
+                weights=_weights(model),
+                optimizer=_optimizer_state(model, chosen),
                 loss=float(loss.detach()),
                 lr=float(chosen.param_groups[0]["lr"]),
             )
         )
     loader.close()
     return records
+
+
+def _gradients(model: Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()}
+
+
+def _weights(model: Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def _optimizer_state(model: Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": torch.as_tensor(value).detach().clone()
+        for name, parameter in model.named_parameters()
+        for key, value in dict[str, Any](optimizer.state.get(parameter, {})).items()
+        if value is not None
+    }

@@ -1,0 +1,127 @@
+"""What an optimizer updates: tensors that hold parameters, or flat ranges of them, and whose they are.
+
+The owner of storage decides how parameters lie in memory and over ranks, and says so with ``Parts``. Optimizers,
+clipping, checkpoints and proofs read it there, and need not know who divided what. Without an owner each parameter is
+its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from camshaft.comm import Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``start`` to ``start + length`` of the row-major flattening of parameter ``name``.
+
+    They lie at ``place`` of the flattened tensor that holds them. ``shape`` is the whole parameter's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    place: int
+    length: int
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A tensor that is updated as one, and the pieces of parameters in it; all of them have one role.
+
+    ``tensor`` is a parameter of the model itself (then it has its shape, and is the only piece), or a tensor of the
+    owner's: 1-D, in the master dtype, with a ``grad`` from ``post_reduce`` to ``release``. Elements of it that belong to
+    no piece are padding: they and their gradients are always 0. A part may be empty on this rank (no pieces).
+    """
+
+    tensor: Parameter
+    role: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor is one whole parameter in its own shape (perhaps a DTensor)."""
+        return len(self.pieces) == 1 and tuple(self.tensor.shape) == self.pieces[0].shape
+
+    def slices(self, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with its own stretch, a 1-D view of ``values``, which is laid out as ``tensor``."""
+        flat = values.reshape(-1)
+        for piece in self.pieces:
+            yield piece, flat[piece.place : piece.place + piece.length]
+
+
+class Parts:
+    """All parts of this rank. ``channel`` reaches the ranks that hold the other pieces; None if every part is whole."""
+
+    def __init__(self, parts: Iterable[Part], channel: Channel | None = None) -> None:
+        self._parts = list(parts)
+        self.channel = channel
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def tensors(self) -> list[Parameter]:
+        """What an optimizer is given, in order."""
+        return [part.tensor for part in self._parts]
+
+    def isolate(self, names: Iterable[str], optimizer: Optimizer) -> None:
+        """Give each parameter of ``names`` parts of its own, so that it can be without a gradient.
+
+        Tensors are split as views; the optimizer's groups and state follow, so the numbers stay. Local; no rank waits.
+        """
+        wanted = set(names)
+        fresh: list[Part] = []
+        for part in self._parts:
+            mixed = len(part.pieces) > 1 and any(piece.name in wanted for piece in part.pieces)
+            fresh += _split(part, wanted, optimizer) if mixed else [part]
+        self._parts = fresh
+
+
+def _split(part: Part, names: set[str], optimizer: Optimizer) -> list[Part]:
+    runs: list[list[Piece]] = []
+    for piece in part.pieces:
+        if runs and piece.name not in names and runs[-1][-1].name not in names:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    bounds = [run[0].place for run in runs[1:]]
+    ranges = list(zip([0, *bounds], [*bounds, part.tensor.numel()], strict=True))
+    fresh = []
+    for run, (begin, end) in zip(runs, ranges, strict=True):
+        pieces = tuple(Piece(p.name, p.shape, p.start, p.place - begin, p.length) for p in run)
+        tensor = Parameter(part.tensor.data[begin:end])
+        if part.tensor.grad is not None:
+            tensor.grad = part.tensor.grad[begin:end]
+        fresh.append(Part(tensor, part.role, pieces))
+    _move_state(part.tensor, [each.tensor for each in fresh], ranges, optimizer)
+    return fresh
+
+
+def _move_state(old: Parameter, fresh: list[Parameter], ranges: list[tuple[int, int]], optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [
+            each for member in group["params"] for each in (fresh if member is old else [member])
+        ]  # `in` would compare values
+    state = optimizer.state.pop(old, None)
+    if state is None:
+        return
+    for tensor, (begin, end) in zip(fresh, ranges, strict=True):
+        optimizer.state[tensor] = {
+            key: (value[begin:end] if value.shape == old.shape else value.clone())
+            if isinstance(value, Tensor)
+            else value
+            for key, value in state.items()
+        }
