@@ -39,8 +39,8 @@ class Part:
     """A tensor that is updated as one, and the pieces of parameters in it; all of them have one role.
 
     ``tensor`` is a parameter of the model itself (then it has its shape, and is the only piece), or a tensor of the
-    owner's: 1-D, in the master dtype, with a ``grad`` from ``post_reduce`` to ``release``. Elements of it that belong to
-    no piece are padding: they and their gradients are always 0. A part may be empty on this rank (no pieces).
+    owner's: 1-D, in the master dtype, with a ``grad`` from ``post_reduce`` to ``release``. Elements of it in no piece
+    are padding: they and their gradients are always 0. A part may be empty on this rank (no pieces).
     """
 
     tensor: Parameter

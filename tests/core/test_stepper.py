@@ -10,6 +10,7 @@ import torch
 from camshaft.distributed import Environment
 from camshaft.host import Host
 from camshaft.loop import session
+from camshaft.masters import whole_parts
 from camshaft.mesh import MeshShape
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.program import Action, Kind, accumulate
@@ -55,6 +56,7 @@ def stub(parallel, world_size, *, rank=0, sums=(12, 0), values=(1.0, 3.0), step=
         world_size=world_size,
         device=torch.device("cpu"),
         batch=BatchPlan(1, len(values), len(values)),
+        parts=whole_parts(model, {"weight": "matrix"}),
     )
     batches = [SimpleNamespace(value=value) for value in values]
     return SimpleNamespace(
@@ -69,6 +71,9 @@ def stub(parallel, world_size, *, rank=0, sums=(12, 0), values=(1.0, 3.0), step=
         microbatch=0,
         final_backward=False,
         grad_norm=None,
+        masters=None,
+        loss_scale=None,
+        skipped=False,
         consumed_samples=0,
         consumed_tokens=0,
     )
