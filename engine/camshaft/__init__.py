@@ -3,7 +3,7 @@
 Importing this package imports no torch.
 """
 
-from camshaft.claims import Claim, Plan, PlanContext
+from camshaft.claims import Claim, Plan, PlanContext, Widths
 from camshaft.errors import CamshaftError, Problem, RecipeError
 from camshaft.plugin import HOOK_API, Options, Plugin, hookimpl
 
@@ -19,6 +19,7 @@ __all__ = [
     "Plugin",
     "Problem",
     "RecipeError",
+    "Widths",
     "__version__",
     "hookimpl",
 ]

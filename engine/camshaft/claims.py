@@ -30,7 +30,8 @@ class Claim:
     """A plugin will lay out, reduce or replace ``resource`` along mesh axis ``axis`` for names matching ``target``.
 
     ``target`` is a glob over parameter or module names. Two claims collide when resource and axis are equal and
-    their targets overlap. ``axis`` is empty for resources that no axis divides (a module's implementation).
+    their targets overlap. ``axis`` is empty for resources that no axis divides (a module's implementation). Where the
+    data axis has two halves, ``dp`` claims both.
     """
 
     resource: Resource
@@ -43,17 +44,44 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Widths:
+    """Bytes of one element, as the precision policy will have them. Everything is fp32 unless a plugin says otherwise.
+
+    ``gradient``: of summed gradients while they are kept until the step; ``reduce``: on the wire; ``master``: of the
+    weights and values of the optimizer. Masters take memory of their own only where they are wider than parameters.
+    """
+
+    param: int = 4
+    gradient: int = 4
+    reduce: int = 4
+    master: int = 4
+
+    @property
+    def master_copy(self) -> int:
+        """Bytes of an element's master weight beside the parameter; 0 where the parameter is the master."""
+        return 0 if self.master == self.param else self.master
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What one plugin says before anything is built.
 
     ``requires`` and ``provides`` are names of facts that no claim expresses (``elementwise_optimizer``).
     ``problems`` are faults of its own: a size that does not divide, a device that lacks a feature.
+    ``moments``: values of the master dtype that the optimizer keeps for each element, from the owner of ``optimizer``;
+    ``widths``: from the owner of ``precision``. ``camshaft plan`` counts bytes with both.
     """
 
     claims: tuple[Claim, ...] = ()
     requires: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    moments: float | None = None
+    widths: Widths | None = None
+
+
+WHOLE = frozenset({"parameter_sums", "whole_parameters"})
+"""Facts that the core provides while nobody lays out what the optimizer updates: each parameter is there, whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +128,10 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     for name, plan in plans.items():
         _check_words(name, plan, mesh)
     problems = [problem for plan in plans.values() for problem in plan.problems]
-    problems += _collisions(plans)
+    problems += _collisions(plans, mesh)
     provided = {fact for plan in plans.values() for fact in plan.provides}
+    if not any(claim.resource == "optimizer.layout" for plan in plans.values() for claim in plan.claims):
+        provided |= WHOLE
     for name, plan in plans.items():
         problems += [
             Problem(
@@ -118,8 +148,8 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
 def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     """Axes along which ranks would train apart; along those that split the batch somebody must reduce gradients."""
     claims = [claim for plan in plans.values() for claim in plan.claims]
-    claimed = {claim.axis for claim in claims}
-    reduced = {claim.axis for claim in claims if claim.resource == "gradient.reduce"}
+    claimed = {axis for claim in claims for axis in _axes(claim, mesh)}
+    reduced = {axis for claim in claims if claim.resource == "gradient.reduce" for axis in _axes(claim, mesh)}
     return [
         Problem(
             f"axis '{axis.name}' has degree {axis.degree}, and no enabled plugin "
@@ -143,21 +173,29 @@ def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
 
 
 def _check_words(name: str, plan: Plan, mesh: MeshShape) -> None:
-    axes = [axis.name for axis in mesh.axes]
     for claim in plan.claims:
         if claim.resource not in get_args(Resource):
             known = ", ".join(get_args(Resource))
             raise PluginError(name, "plan", f"claims '{claim.resource}', which is no resource; there are: {known}")
-        if claim.axis and claim.axis not in axes:
-            known = ", ".join(axes)
+        if claim.axis and claim.axis not in mesh.names:
+            known = ", ".join(mesh.names)
             raise PluginError(name, "plan", f"claims {claim} on an axis that the mesh lacks; there are: {known}")
 
 
-def _collisions(plans: Mapping[str, Plan]) -> list[Problem]:
+def _axes(claim: Claim, mesh: MeshShape) -> frozenset[str]:
+    """Axes of the mesh that a claim is about; one empty name where no axis divides the resource."""
+    return frozenset(mesh.members(claim.axis) if claim.axis else ("",))
+
+
+def _collisions(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     owned: Sequence[tuple[str, Claim]] = [(name, claim) for name, plan in plans.items() for claim in plan.claims]
     return [
         Problem(
-            f"plugins '{first}' and '{second}' both claim {claim}: only one plugin can own it",
+            (
+                f"plugins '{first}' and '{second}' both claim {claim}: only one plugin can own it"
+                if claim.axis == other.axis
+                else f"plugins '{first}' and '{second}' claim {claim} and {other}, which overlap: only one can own it"
+            ),
             key=f"plugins.{second}",
             fix=f"remove one of them, for example with plugins.{second}=null",
         )
@@ -165,6 +203,6 @@ def _collisions(plans: Mapping[str, Plan]) -> list[Problem]:
         for second, other in owned[index + 1 :]
         if first != second
         and claim.resource == other.resource
-        and claim.axis == other.axis
+        and _axes(claim, mesh) & _axes(other, mesh)
         and overlap(claim.target, other.target)
     ]

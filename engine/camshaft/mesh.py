@@ -28,6 +28,10 @@ class Axis:
     splits_batch: bool = False
 
 
+HYBRID = {"dp": ("dp_replicate", "dp_shard")}
+"""An axis that may be divided in two, and the names of its halves. Its own name then means both together."""
+
+
 @dataclass(frozen=True, slots=True)
 class MeshShape:
     """Axes from the slowest-varying rank digit to the fastest. Pure arithmetic, made without torch."""
@@ -41,38 +45,41 @@ class MeshShape:
         Raises:
             RecipeError: the degrees do not multiply to the number of processes.
         """
-        fixed = parallel.pipeline_parallel * parallel.context_parallel * parallel.tensor_parallel
-        factors = f"pp {parallel.pipeline_parallel} x cp {parallel.context_parallel} x tp {parallel.tensor_parallel}"
-        data = parallel.data_parallel
-        if data == "auto":
-            if world_size % fixed:
-                raise RecipeError(
-                    Problem(
-                        f"{world_size} processes cannot be divided by {factors} = {fixed}",
-                        key="parallel",
-                        fix=f"start a multiple of {fixed} processes",
-                    )
-                )
-            data = world_size // fixed
-        if data * fixed != world_size:
-            raise RecipeError(
-                Problem(
-                    f"dp {data} x {factors} = {data * fixed}, but the run has {world_size} process(es)",
-                    key="parallel",
-                    fix=f"start {data * fixed} processes, or set parallel.data_parallel=auto",
-                )
-            )
+        data = _data_axes(parallel, _data_degree(parallel, world_size))
         return cls(
             (
                 Axis("pp", "pipeline_parallel", parallel.pipeline_parallel),
-                Axis("dp", "data_parallel", data, splits_batch=True),
+                *data,
                 Axis("cp", "context_parallel", parallel.context_parallel, splits_batch=False),
                 Axis("tp", "tensor_parallel", parallel.tensor_parallel),
             )
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that an axis answers to, halves before the axis that they make up."""
+        own = [axis.name for axis in self.axes]
+        return (*own, *(whole for whole, halves in HYBRID.items() if set(halves) <= set(own)))
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The axes of the mesh that ``name`` means: itself, or both halves, the slower-varying first.
+
+        Raises:
+            KeyError: no axis is called so.
+        """
+        if any(axis.name == name for axis in self.axes):
+            return (name,)
+        if name in self.names:
+            return HYBRID[name]
+        raise KeyError(f"the mesh has no axis '{name}'; there are: {', '.join(self.names)}")
+
     def __getitem__(self, name: str) -> Axis:
-        return next(axis for axis in self.axes if axis.name == name)
+        """The axis called ``name``; two halves together look like one axis of the product of their degrees."""
+        members = self.members(name)
+        found = [axis for axis in self.axes if axis.name in members]
+        if len(found) == 1:
+            return found[0]
+        return Axis(name, "data_parallel", math.prod(axis.degree for axis in found), splits_batch=True)
 
     @property
     def world_size(self) -> int:
@@ -84,10 +91,13 @@ class MeshShape:
         return math.prod(axis.degree for axis in self.axes if axis.splits_batch)
 
     def coordinates(self, rank: int) -> Mapping[str, int]:
-        """Position of ``rank`` on every axis."""
+        """Position of ``rank`` under every name of an axis."""
         found: dict[str, int] = {}
         for axis in reversed(self.axes):
             rank, found[axis.name] = divmod(rank, axis.degree)
+        for whole in self.names[len(self.axes) :]:
+            slow, fast = HYBRID[whole]
+            found[whole] = found[slow] * self[fast].degree + found[fast]
         return found
 
     def batch_index(self, rank: int) -> int:
@@ -99,15 +109,82 @@ class MeshShape:
         return index
 
 
+def stated_data_parallel(parallel: Parallel) -> int | None:
+    """The data-parallel degree, if the recipe says it: itself, or as the product of its halves."""
+    if parallel.data_parallel != "auto":
+        return parallel.data_parallel
+    halves = (parallel.data_parallel_replicate, parallel.data_parallel_shard)
+    return halves[0] * halves[1] if halves[0] and halves[1] else None
+
+
+def _data_degree(parallel: Parallel, world_size: int) -> int:
+    fixed = parallel.pipeline_parallel * parallel.context_parallel * parallel.tensor_parallel
+    factors = f"pp {parallel.pipeline_parallel} x cp {parallel.context_parallel} x tp {parallel.tensor_parallel}"
+    data = stated_data_parallel(parallel)
+    if data is None:
+        if world_size % fixed:
+            raise _refusal(
+                f"{world_size} processes cannot be divided by {factors} = {fixed}",
+                f"start a multiple of {fixed} processes",
+            )
+        return world_size // fixed
+    if data * fixed != world_size:
+        automatic = parallel.data_parallel == "auto"
+        raise _refusal(
+            f"dp {data} x {factors} = {data * fixed}, but the run has {world_size} process(es)",
+            f"start {data * fixed} processes, or "
+            + ("remove parallel.data_parallel_replicate" if automatic else "set parallel.data_parallel=auto"),
+        )
+    return data
+
+
+def _data_axes(parallel: Parallel, degree: int) -> tuple[Axis, ...]:
+    """The data axis, or its two halves where the recipe gives the degree of one."""
+    replicate, shard = parallel.data_parallel_replicate, parallel.data_parallel_shard
+    if replicate is None and shard is None:
+        return (Axis("dp", "data_parallel", degree, splits_batch=True),)
+    if replicate and shard and replicate * shard != degree:
+        raise _refusal(
+            f"replicate {replicate} x shard {shard} = {replicate * shard}, but there are {degree} data-parallel ranks",
+            f"remove parallel.data_parallel_replicate: it is derived, as data_parallel / {shard}",
+            "parallel.data_parallel_shard",
+        )
+    given = shard or replicate or 1
+    if degree % given:
+        name = "data_parallel_shard" if shard else "data_parallel_replicate"
+        divisors = ", ".join(str(number) for number in range(1, degree + 1) if degree % number == 0)
+        raise _refusal(
+            f"{degree} data-parallel rank(s) cannot be divided by {given}",
+            f"set it to one of {divisors}, or start a multiple of {given} processes",
+            f"parallel.{name}",
+        )
+    if shard is None:
+        shard = degree // given
+    halves = zip(HYBRID["dp"], ("data_parallel_replicate", "data_parallel_shard"), strict=True)
+    degrees = (degree // shard, shard)
+    return tuple(Axis(*half, size, splits_batch=True) for half, size in zip(halves, degrees, strict=True))
+
+
+def _refusal(message: str, fix: str, key: str = "parallel") -> RecipeError:
+    return RecipeError(Problem(message, key=key, fix=fix))
+
+
 class Mesh:
     """A mesh whose ranks run: the shape, this rank's place in it, and a process group for each axis.
 
     With one process nothing of torch.distributed is initialised and every group is ``None``.
     """
 
-    def __init__(self, shape: MeshShape, rank: int, device_mesh: DeviceMesh | None) -> None:
+    def __init__(
+        self,
+        shape: MeshShape,
+        rank: int,
+        device_mesh: DeviceMesh | None,
+        joined: Mapping[str, ProcessGroup] | None = None,
+    ) -> None:
         self.shape, self.rank, self.device_mesh = shape, rank, device_mesh
         self.place = shape.coordinates(rank)
+        self._joined = dict(joined or {})
 
     @classmethod
     def connect(cls, shape: MeshShape, rank: int, device_type: str, timeout_s: int) -> Mesh:
@@ -122,9 +199,11 @@ class Mesh:
             return cls(shape, rank, None)
         degrees = tuple(axis.degree for axis in shape.axes)
         names = tuple(axis.name for axis in shape.axes)
-        mesh = cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names))
+        timeout = timedelta(seconds=timeout_s)
+        joined = {name: _join(shape, rank, name, timeout) for name in shape.names[len(names) :]}
+        mesh = cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names), joined)
         for name in names:  # groups of a part of the ranks do not take over the default group's (gloo: 30 minutes)
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), mesh.group(name))
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.group(name))
         return mesh
 
     def degree(self, axis: str) -> int:
@@ -139,4 +218,25 @@ class Mesh:
 
     def group(self, axis: str) -> ProcessGroup | None:
         """Process group of this rank's peers along ``axis``; ``None`` when there is one process in all."""
-        return None if self.device_mesh is None else self.device_mesh.get_group(axis)
+        if self.device_mesh is None:
+            return None
+        return self._joined[axis] if axis in self._joined else self.device_mesh.get_group(axis)
+
+
+def _join(shape: MeshShape, rank: int, name: str, timeout: timedelta) -> ProcessGroup:
+    """The group along both halves of ``name``; only its own ranks make it, so that many ranks make few groups each.
+
+    ``DeviceMesh`` flattens two of its axes with a private method only.
+    """
+    import torch.distributed as dist
+
+    members = shape.members(name)
+    own = _others(shape, rank, members)
+    ranks = [peer for peer in range(shape.world_size) if _others(shape, peer, members) == own]
+    group: ProcessGroup = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    return group
+
+
+def _others(shape: MeshShape, rank: int, members: tuple[str, ...]) -> list[int]:
+    place = shape.coordinates(rank)
+    return [place[axis.name] for axis in shape.axes if axis.name not in members]

@@ -27,6 +27,22 @@ def test_plan_shows_sizes_phases_owners_claims_and_programs(capsys):
     assert "0..1 (2)  F0 B0 F1 B1 REDUCE CLIP STEP" in text
 
 
+def test_plan_shows_both_halves_of_the_data_axis(capsys):
+    text = shown(
+        capsys,
+        "plan",
+        RECIPE,
+        "--world-size",
+        "8",
+        "--rank",
+        "5",
+        "parallel.data_parallel_shard=4",
+        "batch.global_batch_size=64",
+    )
+    assert "pp 1 x dp 8 (replicate 2 x shard 4) x cp 1 x tp 1 = 8 rank(s)" in text and "x data ranks 8" in text
+    assert "dp_replicate=1" in text and "dp_shard=1" in text
+
+
 def test_plan_is_pure_and_follows_the_recipe(capsys):
     first, again = shown(capsys, "plan", RECIPE), shown(capsys, "plan", RECIPE)
     other = shown(capsys, "plan", RECIPE, "plugins.clip=null")

@@ -71,6 +71,40 @@ def test_a_claim_on_what_does_not_exist_is_the_plugins_fault(claim, words):
         check({"typo": Plan(claims=(claim,))}, mesh())
 
 
+def test_a_claim_on_a_divided_axis_is_a_claim_on_both_halves():
+    half = mesh(4, data_parallel_shard=2)
+    both = {"sums": Plan(claims=(Claim("gradient.reduce", "dp"),))}
+    assert check(both, half) == []
+    (problem,) = check({**both, "shards": Plan(claims=(Claim("gradient.reduce", "dp_shard"),))}, half)
+    assert "'sums' and 'shards' claim gradient.reduce@dp and gradient.reduce@dp_shard, which overlap" in problem.message
+    assert problem.key == "plugins.shards"
+    (problem,) = check({**both, "again": both["sums"]}, half)
+    assert "'sums' and 'again' both claim gradient.reduce@dp" in problem.message
+
+
+def test_the_halves_of_an_axis_may_have_different_owners():
+    half = mesh(4, data_parallel_shard=2)
+    plans = {"shards": Plan(claims=(Claim("gradient.reduce", "dp_shard"),))}
+    (problem,) = check(plans, half)
+    assert problem.key == "parallel.data_parallel_replicate" and "axis 'dp_replicate' has degree 2" in problem.message
+    assert problem.fix.endswith("parallel.data_parallel_replicate=1")
+    plans["copies"] = Plan(claims=(Claim("gradient.reduce", "dp_replicate"),))
+    assert check(plans, half) == []
+
+
+def test_a_half_cannot_be_claimed_where_the_axis_is_not_divided():
+    with pytest.raises(PluginError, match="on an axis that the mesh lacks; there are: pp, dp, cp, tp"):
+        check({"shards": Plan(claims=(Claim("gradient.reduce", "dp_shard"),))}, mesh(4))
+
+
+def test_the_core_provides_whole_parameters_until_somebody_lays_out_what_is_updated():
+    plans = {"matrix": Plan(requires=("whole_parameters", "parameter_sums"))}
+    assert check(plans, mesh()) == []
+    plans["storage"] = Plan(claims=(Claim("optimizer.layout", "dp"),), provides=("parameter_sums",))
+    (problem,) = check(plans, mesh())
+    assert "'matrix' needs 'whole_parameters', which no enabled plugin provides" in problem.message
+
+
 def test_an_axis_that_nobody_claims_is_refused():
     (problem,) = check({"adamw": Plan()}, mesh(2))
     assert problem.key == "parallel.data_parallel" and "plugins.ddp: {}" in problem.fix

@@ -15,6 +15,7 @@ from camshaft.program import brief, window_program
 from camshaft.recipe import check, load
 
 if TYPE_CHECKING:
+    from camshaft.mesh import MeshShape
     from camshaft.recipe import Checked, Resolved
 
 PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_"))
@@ -54,11 +55,10 @@ def _sizes(resolved: Resolved, checked: Checked) -> str:
     batch, mesh, config = checked.batch, checked.mesh, checked.config
     assert batch is not None and mesh is not None and config is not None  # a checked recipe has them
     length = resolved.recipe.data.sequence_length
-    axes = " x ".join(f"{axis.name} {axis.degree}" for axis in mesh.axes)
     return "\n".join(
         [
             f"model        {config.num_parameters():,} parameters, {config.num_hidden_layers} layers",
-            f"mesh         {axes} = {mesh.world_size} rank(s)",
+            f"mesh         {_mesh(mesh)} = {mesh.world_size} rank(s)",
             (
                 f"batch        global {batch.global_batch_size} = micro {batch.micro_batch_size} x accumulation "
                 f"{batch.accumulation} x data ranks {mesh.batch_degree}"
@@ -66,6 +66,16 @@ def _sizes(resolved: Resolved, checked: Checked) -> str:
             f"tokens       {batch.global_batch_size * length:,} a step ({length} a sample)",
         ]
     )
+
+
+def _mesh(mesh: MeshShape) -> str:
+    """Axes and degrees; the halves of a divided axis stand in brackets behind it."""
+    texts: dict[str, str] = {}
+    for axis in mesh.axes:
+        whole = next((name for name in mesh.names if axis.name in mesh.members(name) and axis.name != name), axis.name)
+        halves = " x ".join(f"{part.removeprefix(f'{whole}_')} {mesh[part].degree}" for part in mesh.members(whole))
+        texts[whole] = f"{whole} {mesh[whole].degree}" + (f" ({halves})" if whole != axis.name else "")
+    return " x ".join(texts.values())
 
 
 def _phases(host: Host) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from camshaft import claims, host
 from camshaft.claims import Plan, PlanContext
 from camshaft.errors import PluginError, Problem, RecipeError
-from camshaft.mesh import MeshShape
+from camshaft.mesh import MeshShape, stated_data_parallel
 from camshaft.recipe.schema import Recipe
 from camshaft.state import BatchPlan
 
@@ -97,7 +97,7 @@ class _Run:
         self.checked.mesh = MeshShape.of(self.recipe.parallel, processes or _smallest_world(self.recipe))
 
     def set_batch(self, processes: int | None) -> None:
-        if self.checked.mesh is not None and (processes or self.recipe.parallel.data_parallel != "auto"):
+        if self.checked.mesh is not None and (processes or stated_data_parallel(self.recipe.parallel)):
             self.checked.batch = batch_plan(self.recipe, self.checked.mesh)
         elif processes is None:
             _whole(self.recipe, 1)
@@ -156,7 +156,8 @@ def _processes(recipe: Recipe) -> int | None:
 def _smallest_world(recipe: Recipe) -> int:
     """Processes that the degrees need at least."""
     parallel = recipe.parallel
-    data = 1 if parallel.data_parallel == "auto" else parallel.data_parallel
+    halves = (parallel.data_parallel_replicate or 1) * (parallel.data_parallel_shard or 1)
+    data = stated_data_parallel(parallel) or halves
     return data * parallel.pipeline_parallel * parallel.context_parallel * parallel.tensor_parallel
 
 
@@ -231,7 +232,10 @@ def derived(recipe: Recipe, world_size: int | None) -> Mapping[str, tuple[Any, s
     except RecipeError:
         return found
     if recipe.parallel.data_parallel == "auto":
-        found["parallel.data_parallel"] = (mesh.batch_degree, f"derived from {processes} process(es)")
+        found["parallel.data_parallel"] = (mesh["dp"].degree, f"derived from {processes} process(es)")
+    for axis in (mesh[name] for name in mesh.members("dp")):
+        if getattr(recipe.parallel, axis.key) is None:
+            found[f"parallel.{axis.key}"] = (axis.degree, f"derived: {mesh['dp'].degree} data-parallel ranks")
     if recipe.batch.gradient_accumulation_steps is None:
         how = f"derived: {plan.global_batch_size} / ({plan.micro_batch_size} x {mesh.batch_degree})"
         found["batch.gradient_accumulation_steps"] = (plan.accumulation, how)

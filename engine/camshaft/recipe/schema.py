@@ -145,6 +145,10 @@ class Parallel(Section):
 
     data_parallel: PositiveInt | Literal["auto"] = "auto"
     """`auto`: what the other degrees leave of the processes."""
+    data_parallel_shard: PositiveInt | None = None
+    """Hybrid sharding: so many neighbouring data-parallel ranks share one copy; divides data_parallel."""
+    data_parallel_replicate: PositiveInt | None = None
+    """Hybrid sharding: number of copies; derived as data_parallel / data_parallel_shard when absent."""
     pipeline_parallel: PositiveInt = 1
     """Parts that the layers are split into."""
     context_parallel: PositiveInt = 1
