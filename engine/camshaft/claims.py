@@ -133,16 +133,25 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     if not any(claim.resource == "optimizer.layout" for plan in plans.values() for claim in plan.claims):
         provided |= WHOLE
     for name, plan in plans.items():
-        problems += [
-            Problem(
-                f"plugin '{name}' needs '{fact}', which no enabled plugin provides",
-                key=f"plugins.{name}",
-                fix=f"enable a plugin that provides '{fact}', or remove '{name}'",
-            )
-            for fact in plan.requires
-            if fact not in provided
-        ]
+        problems += [_unmet(name, fact, plans) for fact in plan.requires if fact not in provided]
     return problems + _unclaimed(plans, mesh)
+
+
+def _unmet(name: str, fact: str, plans: Mapping[str, Plan]) -> Problem:
+    """A fact that nobody provides; one that the core would provide is missing because of who divides the optimizer."""
+    owners = [owner for owner, plan in plans.items() if any(c.resource == "optimizer.layout" for c in plan.claims)]
+    if fact in WHOLE and owners:
+        return Problem(
+            f"plugin '{name}' needs '{fact}', which '{owners[0]}', who lays out what the optimizer updates, does not "
+            "provide",
+            key=f"plugins.{name}",
+            fix=f"take an optimizer that works element by element instead of '{name}', or remove '{owners[0]}'",
+        )
+    return Problem(
+        f"plugin '{name}' needs '{fact}', which no enabled plugin provides",
+        key=f"plugins.{name}",
+        fix=f"enable a plugin that provides '{fact}', or remove '{name}'",
+    )
 
 
 def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
