@@ -65,6 +65,8 @@ class Parts:
     def __init__(self, parts: Iterable[Part], channel: Channel | None = None) -> None:
         self._parts = list(parts)
         self.channel = channel
+        self.version = 0
+        """How often parts were split: what was looked up in them holds while this stays the same."""
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self._parts)
@@ -77,10 +79,11 @@ class Parts:
         """What an optimizer is given, in order."""
         return [part.tensor for part in self._parts]
 
-    def isolate(self, names: Iterable[str], optimizer: Optimizer) -> None:
-        """Give each parameter of ``names`` parts of its own, so that it can be without a gradient.
+    def isolate(self, names: Iterable[str], optimizer: Optimizer | None = None) -> None:
+        """Give each parameter of ``names`` parts of its own: it can be without a gradient, or be updated differently.
 
-        Tensors are split as views; the optimizer's groups and state follow, so the numbers stay. Local; no rank waits.
+        Tensors are split as views; the optimizer's groups and state follow, if there is one yet, so the numbers stay.
+        Local; no rank waits. Which elements of which parameter this rank holds does not change, nor does their order.
         """
         wanted = set(names)
         fresh: list[Part] = []
@@ -88,9 +91,10 @@ class Parts:
             mixed = len(part.pieces) > 1 and any(piece.name in wanted for piece in part.pieces)
             fresh += _split(part, wanted, optimizer) if mixed else [part]
         self._parts = fresh
+        self.version += 1
 
 
-def _split(part: Part, names: set[str], optimizer: Optimizer) -> list[Part]:
+def _split(part: Part, names: set[str], optimizer: Optimizer | None) -> list[Part]:
     runs: list[list[Piece]] = []
     for piece in part.pieces:
         if runs and piece.name not in names and runs[-1][-1].name not in names:
@@ -106,7 +110,8 @@ def _split(part: Part, names: set[str], optimizer: Optimizer) -> list[Part]:
         if part.tensor.grad is not None:
             tensor.grad = part.tensor.grad[begin:end]
         fresh.append(Part(tensor, part.role, pieces))
-    _move_state(part.tensor, [each.tensor for each in fresh], ranges, optimizer)
+    if optimizer is not None:
+        _move_state(part.tensor, [each.tensor for each in fresh], ranges, optimizer)
     return fresh
 
 

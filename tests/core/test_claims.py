@@ -102,7 +102,8 @@ def test_the_core_provides_whole_parameters_until_somebody_lays_out_what_is_upda
     assert check(plans, mesh()) == []
     plans["storage"] = Plan(claims=(Claim("optimizer.layout", "dp"),), provides=("parameter_sums",))
     (problem,) = check(plans, mesh())
-    assert "'matrix' needs 'whole_parameters', which no enabled plugin provides" in problem.message
+    assert "'matrix' needs 'whole_parameters', which 'storage', who lays out" in problem.message
+    assert problem.key == "plugins.matrix" and problem.fix.endswith("or remove 'storage'")
 
 
 def test_an_axis_that_nobody_claims_is_refused():
