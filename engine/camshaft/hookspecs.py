@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from camshaft.claims import Plan, PlanContext
     from camshaft.data.loader import Batch
+    from camshaft.estimate import Estimate, Sizes
     from camshaft.mesh import MeshShape
     from camshaft.models.config import ModelConfig
     from camshaft.program import Action, Kind
@@ -45,6 +46,14 @@ class BuildHooks:
 
         Called by ``validate``, ``plan`` and ``train`` before torch is imported. Must be pure: the same context gives
         the same plan on every rank. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
+    def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate | None:
+        """Collected. Bytes on a rank and bytes that a rank sends in a step, for ``camshaft plan``; None: none.
+
+        Called by ``plan`` alone, after every plan was accepted. Must be pure and need no torch. Since hook API 1.
         """
         raise AssertionError
 
@@ -176,7 +185,8 @@ class StepHooks:
     @hookspec
     def post_reduce(self, state: State) -> None:
         """Event. Gradients are final on every axis, in ``part.tensor.grad`` of ``state.world.parts``, and not clipped
-        yet: here they may be read or changed, on all ranks alike. Since hook API 1.
+        yet: here they may be read or changed, on all ranks alike. The owner of ``precision`` comes first, whatever the
+        recipe's order: it divides out the loss scale. Since hook API 1.
         """
         raise AssertionError
 

@@ -45,8 +45,8 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:
-        """AdamW works element by element, so shards of any shape are fine."""
-        return camshaft.Plan(provides=("elementwise_optimizer",))
+        """AdamW works element by element, so shards of any shape are fine; it keeps two values for each."""
+        return camshaft.Plan(provides=("elementwise_optimizer",), moments=2)
 
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:

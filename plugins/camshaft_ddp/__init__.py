@@ -14,6 +14,7 @@ ranks and P gradient elements: 2 (N-1)/N P elements. Claims the layout and the r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -21,6 +22,7 @@ from pydantic import Field
 import camshaft
 
 if TYPE_CHECKING:
+    from camshaft.estimate import Estimate, Sizes
     from camshaft.state import State
     from camshaft_ddp.reducer import Reducer
 
@@ -48,6 +50,23 @@ class Plugin(camshaft.Plugin):
             claims=(camshaft.Claim("gradient.layout", "dp"), camshaft.Claim("gradient.reduce", "dp")),
             provides=("reduced_gradients@dp",),
         )
+
+    @camshaft.hookimpl
+    def estimate(self, context: camshaft.PlanContext, sizes: Sizes) -> Estimate:
+        """Everything on every rank, what buckets take besides, and the sum's traffic."""
+        from camshaft.estimate import Sent, replicated
+
+        ranks, widths = context.mesh["dp"].degree, sizes.widths
+        whole = replicated(sizes)
+        if ranks == 1:
+            return whole
+        largest = max((each.elements for each in sizes.parameters or () if each.trains), default=0) * widths.gradient
+        bucket = min(max(int(self.options.bucket_size_mb * 2**20), largest), sizes.trained * widths.gradient)
+        buffers = [("fresh gradients, of one bucket", bucket)]
+        if widths.reduce != widths.gradient:
+            buffers.append(("gradients in the dtype of the wire, until they are summed", sizes.trained * widths.reduce))
+        sent = Sent("dp", "all_reduce", round(2 * (ranks - 1) / ranks * sizes.trained * widths.reduce))
+        return replace(whole, buffers=(*whole.buffers, *buffers), sent=(sent,))
 
     @camshaft.hookimpl
     def bind(self, state: State) -> None:

@@ -49,7 +49,8 @@ class Plugin(camshaft.Plugin):
                     fix=f"set plugins.{self.name}.momentum=0.9, or remove nesterov",
                 ),
             )
-        return camshaft.Plan(provides=("elementwise_optimizer",), problems=problems)
+        moments = 1 if self.options.momentum else 0
+        return camshaft.Plan(provides=("elementwise_optimizer",), problems=problems, moments=moments)
 
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:

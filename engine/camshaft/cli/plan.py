@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from camshaft.cli import estimate
 from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, columns, say
 from camshaft.errors import RecipeError
 from camshaft.hookspecs import BuildHooks
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from camshaft.mesh import MeshShape
     from camshaft.recipe import Checked, Resolved
 
-PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_"))
-"""Build hooks in the order in which a run calls them."""
+PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_") and name != "estimate")
+"""Build hooks in the order in which a run calls them; ``estimate`` belongs to this command alone."""
 
 
 def register(app: typer.Typer) -> None:
@@ -47,8 +48,10 @@ def plan(
 
 def show(resolved: Resolved, checked: Checked, host: Host, rank: int | None) -> str:
     """The whole plan as text; a pure function of recipe, plugins and world size."""
-    parts = [_sizes(resolved, checked), _phases(host), _claims(checked), _programs(checked, host, rank)]
-    return "\n\n".join(parts)
+    bytes_ = estimate.show(resolved, checked, host)
+    return "\n\n".join(
+        [_sizes(resolved, checked), bytes_, _phases(host), _claims(checked), _programs(checked, host, rank)]
+    )
 
 
 def _sizes(resolved: Resolved, checked: Checked) -> str:
