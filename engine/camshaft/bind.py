@@ -12,9 +12,10 @@ from camshaft.errors import PluginError
 from camshaft.host import Host
 
 
-def event(host: Host, hook: str) -> Callable[..., None] | None:
-    """All implementations of an event as one callable, or None if there are none."""
-    calls = tuple(function for _, function in host.implementations(hook))
+def event(host: Host, hook: str, first: str | None = None) -> Callable[..., None] | None:
+    """All implementations of an event as one callable, or None if there are none; plugin ``first`` is called first."""
+    found = sorted(host.implementations(hook), key=lambda item: item[0] != first)  # stable: the rest in recipe order
+    calls = tuple(function for _, function in found)
     if len(calls) <= 1:
         return calls[0] if calls else None
 

@@ -168,7 +168,7 @@ def _materialize(host: Host, world: World, model: Module) -> Masters | None:
     if not narrow:
         world.parts = whole_parts(model, world.roles)
         return None
-    masters = Masters(model, world.roles, world.policy.param)
+    masters = Masters(model, world.roles, world.policy)
     world.parts = masters.parts
     return masters
 

@@ -193,8 +193,8 @@ class Trainer:
         state = self.state
         bind_plugins(self.host, state, self._plans)
         load = bind.slot(self.host, "load")
-        if load is not None:
-            load(state)
+        if load is not None and load(state) and state.masters is not None:
+            state.masters.give_weights()
         state.loader.seek(state.consumed_samples)
         self.meter.start()
         self.host.call("pre_run", state)

@@ -113,12 +113,13 @@ class State:
     loss: Tensor | None = None
     """Sum of token losses of this rank's part of the window, detached."""
     grad_norm: Tensor | None = None
-    """Global gradient norm before clipping, of the step just done."""
+    """Global gradient norm before clipping, of the step just done; None if it was skipped."""
     loss_scale: Tensor | None = None
     """Factor on the loss in backward, a scalar on the device, which the owner of ``precision`` sets, and divides out in
     ``post_reduce``; None is 1."""
     skipped: bool = False
-    """True when the step just done changed nothing: an owner found its gradients unusable, on all ranks alike."""
+    """True when the step just done changed no weight and no optimizer state: an owner (in ``around_step``) found its
+    gradients unusable, on all ranks alike. The step is counted all the same, and its samples are consumed."""
     lr: float = 0.0
     consumed_samples: int = 0
     consumed_tokens: int = 0

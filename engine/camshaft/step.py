@@ -45,7 +45,9 @@ class Stepper:
         self._pre_forward = bind.event(host, "pre_forward")
         self._post_backward = bind.event(host, "post_backward")
         self._reduce = bind.event(host, "reduce")
-        self._post_reduce = bind.event(host, "post_reduce")
+        # The owner of precision divides out the loss scale there: the others see gradients without it.
+        precision = host.owner("precision")
+        self._post_reduce = bind.event(host, "post_reduce", first=None if precision is None else precision[0])
         self._masters = state.masters
         self._clip = bind.slot(host, "clip")
         self._lr = bind.slot(host, "lr")
@@ -160,7 +162,9 @@ class Stepper:
                 group["lr"] = group["initial_lr"] * factor
         state.lr = groups[0]["lr"]
         self._step()
-        if self._masters is not None and not state.skipped:
+        if state.skipped:
+            state.grad_norm = None  # of gradients that nothing used; not finite, while the run is sound
+        elif self._masters is not None:
             self._masters.give_weights()
         self._release(state)
         state.step += 1

@@ -14,7 +14,7 @@ ALIGNMENT = 16
 
 
 class Bucket:
-    """Gradients of ``parameters`` (one dtype, one device) in one buffer, with a flag a parameter at its end.
+    """Gradients of ``parameters`` (of one dtype, on one device) in one buffer, with a flag a parameter at its end.
 
     The flags are summed with the gradients: a parameter that this rank did not use learns whether another rank did,
     without a collective of its own.
@@ -27,7 +27,7 @@ class Bucket:
             starts.append(size)
             size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         first = self.parameters[0]
-        self.flat = torch.zeros(size + len(starts), dtype=first.dtype, device=first.device)
+        self.flat = torch.zeros(size + len(starts), dtype=gradient_dtype(first), device=first.device)
         self.views = tuple(
             self.flat[start : start + parameter.numel()].view(parameter.shape)
             for start, parameter in zip(starts, self.parameters, strict=True)
@@ -84,6 +84,11 @@ class Bucket:
             parameter.grad = None
 
 
+def gradient_dtype(parameter: Parameter) -> torch.dtype:
+    """Dtype in which backward adds up the parameter's gradient; it may be wider than the parameter."""
+    return parameter.grad_dtype or parameter.dtype
+
+
 FIRST_BYTES = 1 << 20
 """Limit of the first bucket: a small one is full early, so that the wire has work soon after backward begins."""
 
@@ -96,7 +101,8 @@ def fill(parameters: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
     groups: list[list[Parameter]] = []
     open_groups: dict[tuple[torch.dtype, torch.device], tuple[list[Parameter], int]] = {}
     for parameter in parameters:
-        kind, size = (parameter.dtype, parameter.device), parameter.numel() * parameter.element_size()
+        dtype = gradient_dtype(parameter)
+        kind, size = (dtype, parameter.device), parameter.numel() * dtype.itemsize
         members, used = open_groups.get(kind, ([], 0))
         limit = bucket_bytes if groups else min(bucket_bytes, FIRST_BYTES)
         if members and used + size > limit:

@@ -9,20 +9,36 @@ from typing import TYPE_CHECKING
 import torch
 
 from camshaft.state import Policy, World
+from camshaft_precision.rules import computes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from camshaft.data.loader import Batch
     from camshaft.hookspecs import Forward
+    from camshaft_precision import Options
 
 
-def policy(compute: str, device: torch.device) -> Policy:
-    """Dtypes for ``compute`` (``auto``, ``fp64``, ``fp32``, ``bf16``) on ``device``."""
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def policy(options: Options, device: torch.device) -> Policy:
+    """The dtypes that legal ``options`` mean on ``device``."""
+    compute = computes(options)
     if compute == "auto":
         compute = "bf16" if fast_bf16(device) else "fp32"
     wide = torch.float64 if compute == "fp64" else torch.float32
-    return Policy(param=wide, compute=torch.bfloat16 if compute == "bf16" else wide, reduce=wide, master=wide)
+    return Policy(
+        param=_dtype(options.parameters, wide),
+        compute=DTYPES[compute],
+        reduce=_dtype(options.reduce, wide),
+        master=wide,
+        gradient=None if options.gradients is None else DTYPES[options.gradients],
+    )
+
+
+def _dtype(name: str | None, default: torch.dtype) -> torch.dtype:
+    return default if name is None else DTYPES[name]
 
 
 @cache

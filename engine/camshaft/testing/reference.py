@@ -6,6 +6,7 @@ no plugins, no accumulation.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from camshaft.data import Prepared
     from camshaft.recipe import Resolved
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
+WIDE = {"fp64": torch.float64}
+"""Of what the optimizer updates; fp32 where nothing is said."""
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def plain_run(
@@ -39,11 +42,16 @@ def plain_run(
     max_norm: float | None,
     factor: Callable[[int, int], float] = lambda step, total: 1.0,
     prepare: Callable[[Llama], Any] = lambda model: None,
+    parameters: str | None = None,
+    loss_scale: tuple[float, int] = (65536.0, 2000),
 ) -> list[StepRecord]:
     """Train ``resolved`` as a textbook would and record every step.
 
     ``optimizer`` builds torch's optimizer, ``factor(step, total)`` scales its learning rate, ``prepare`` may freeze
-    parameters. ``compute`` is ``fp64``, ``fp32`` or ``bf16`` (autocast).
+    parameters. ``compute`` is ``fp64``, ``fp32``, ``bf16`` or ``fp16`` (autocast, unless ``parameters`` has the same
+    dtype: then a second model in that dtype computes, and the first one holds the fp32 weights that are updated).
+    fp16 scales the loss with torch's own ``GradScaler`` (first scale and growth interval in ``loss_scale``); the
+    optimizer must not be fused then. The norm of a skipped step is None.
     """
     recipe = resolved.recipe
     config = check(resolved, 1).require().config
@@ -51,9 +59,13 @@ def plain_run(
     with torch.device("meta"):
         model = Llama(config)
     prepare(model)
-    materialize(model, seed=recipe.seed, device=torch.device("cpu"), dtype=DTYPES[compute])
+    materialize(model, seed=recipe.seed, device=torch.device("cpu"), dtype=WIDE.get(compute, torch.float32))
+    computing = model if parameters is None else copy.deepcopy(model).to(NARROW[parameters])
     chosen = optimizer(model)
     rates = [group["lr"] for group in chosen.param_groups]
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=loss_scale[0], growth_interval=loss_scale[1], enabled=compute == "fp16"
+    )
     samples = sample_limit(recipe, len(data.train))
     steps = total_steps(recipe, samples, recipe.batch.global_batch_size)
     whole = BatchPlan(recipe.batch.global_batch_size, recipe.batch.global_batch_size, 1)
@@ -64,21 +76,27 @@ def plain_run(
         window = loader.next()
         assert window is not None
         (batch,) = window.batches
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute == "bf16"):
-            loss = model(batch) / int((batch.labels >= 0).sum())
-        loss.backward()
+        cast = compute in NARROW and parameters is None
+        with torch.autocast("cpu", dtype=NARROW.get(compute), enabled=cast):
+            loss = computing(batch) / int((batch.labels >= 0).sum())
+        scaler.scale(loss).backward()
+        _move_gradients(computing, model)
+        scaler.unscale_(chosen)
         raw = _gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm) if max_norm is not None else None
         for group, rate in zip(chosen.param_groups, rates, strict=True):
             group["lr"] = rate * factor(step, steps)
-        chosen.step()
+        before = scaler.get_scale()
+        scaler.step(chosen)
+        scaler.update()
         chosen.zero_grad()
+        _round(model, computing)
         records.append(
             StepRecord(
                 step=step + 1,
                 gradients=raw,
-                norm=None if norm is None else float(norm),
-                weights=_weights(model),
+                norm=None if norm is None or scaler.get_scale() < before else float(norm),
+                weights=_weights(model, computing),
                 optimizer=_optimizer_state(model, chosen),
                 loss=float(loss.detach()),
                 lr=float(chosen.param_groups[0]["lr"]),
@@ -88,12 +106,29 @@ def plain_run(
     return records
 
 
+def _move_gradients(computing: Module, model: Module) -> None:
+    for narrow, wide in zip(computing.parameters(), model.parameters(), strict=True):
+        if narrow is not wide:
+            wide.grad = None if narrow.grad is None else narrow.grad.to(wide.dtype)
+            narrow.grad = None
+
+
+def _round(model: Module, computing: Module) -> None:
+    with torch.no_grad():
+        for wide, narrow in zip(model.parameters(), computing.parameters(), strict=True):
+            narrow.copy_(wide)
+
+
 def _gradients(model: Module) -> dict[str, Tensor | None]:
     return {name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()}
 
 
-def _weights(model: Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def _weights(model: Module, computing: Module) -> dict[str, Tensor]:
+    """What is updated; of frozen parameters, what is computed with."""
+    used = dict(computing.named_parameters())
+    return {
+        name: (wide if wide.requires_grad else used[name]).detach().clone() for name, wide in model.named_parameters()
+    }
 
 
 def _optimizer_state(model: Module, optimizer: Optimizer) -> dict[str, Tensor]:
