@@ -49,6 +49,11 @@ class Masters:
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             copy.grad = None if parameter.grad is None else parameter.grad.to(copy.dtype)
 
+    def drop_gradients(self) -> None:
+        """Let go of the widened gradients; the parameters' own belong to the owner of ``release``."""
+        for copy in self._copies:
+            copy.grad = None
+
     @torch.no_grad()
     def give_weights(self) -> None:
         """Round the masters into the parameters: after a step, or after masters were loaded."""

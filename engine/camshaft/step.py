@@ -167,6 +167,8 @@ class Stepper:
         elif self._masters is not None:
             self._masters.give_weights()
         self._release(state)
+        if self._masters is not None:
+            self._masters.drop_gradients()
         state.step += 1
         state.consumed_samples += state.window.samples
         state.consumed_tokens += state.window.tokens
