@@ -240,8 +240,9 @@ class RunHooks:
     def inert(self, state: State) -> str | None:
         """Collected. Why this plugin has had no effect on the run so far, in one sentence; None when it had one.
 
-        Called once, after the first step that a process runs; a reason on any rank stops the run on all.
-        Since hook API 1.
+        Called once, after the first step that a process runs; a reason on any rank stops the run on all. Without an
+        implementation a plugin has had an effect if one of its hooks ran; those that run later, or only tell, do not
+        count: plan, estimate, log, save, state_dict, load_state_dict, close. Since hook API 1.
         """
         raise AssertionError
 
@@ -250,6 +251,14 @@ class RunHooks:
         """Slot. Continue an earlier run: fill ``state`` and return True, or return False and change nothing.
 
         Called after ``bind``, before ``pre_run``. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
+    def post_load(self, state: State) -> None:
+        """Event. State was loaded: derive from ``world.parts`` what follows from it (parameters from master weights).
+
+        Called where ``load`` returned True. Since hook API 1.
         """
         raise AssertionError
 

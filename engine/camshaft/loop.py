@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from camshaft import bind
+from camshaft import bind, effects
 from camshaft.build import SINGLE, bind_plugins, build
 from camshaft.data import prepare
 from camshaft.data.loader import Loader
@@ -117,6 +117,8 @@ def session(
     except Interrupted:
         status = "interrupted"
         raise
+    except RecipeError as error:
+        raise RecipeError([resolved.placed(problem) for problem in error.problems]) from None
     finally:
         try:
             if trainer is not None:
@@ -193,8 +195,10 @@ class Trainer:
         state = self.state
         bind_plugins(self.host, state, self._plans)
         load = bind.slot(self.host, "load")
-        if load is not None and load(state) and state.masters is not None:
-            state.masters.give_weights()
+        if load is not None and load(state):
+            if state.masters is not None:
+                state.masters.give_weights()
+            self.host.call("post_load", state)
         state.loader.seek(state.consumed_samples)
         self.meter.start()
         self.host.call("pre_run", state)
@@ -204,9 +208,10 @@ class Trainer:
 
         Raises:
             Interrupted: after the checkpoint that a stop asks for.
+            RecipeError: a plugin did nothing in the first step.
         """
         state, training = self.state, self.state.world.recipe.training
-        total, stopped = state.world.total_steps, False
+        total, stopped, asked = state.world.total_steps, False, False
         if state.step >= total:
             _log.warning("nothing left to do: the run is at step %d, and the recipe ends at step %d", state.step, total)
         if state.step == 0 and training.eval_every is not None:
@@ -229,6 +234,9 @@ class Trainer:
                 self.evaluate()
             # After the records: a checkpoint of this step means that its records are written, so none is lost.
             self.stepper.post_step(state)
+            if not asked:
+                asked = True
+                effects.check(self.host, state, self.stepper.actors)
             if stopped:
                 break
         heartbeat.beat(state.step, "save")

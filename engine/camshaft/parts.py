@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -50,7 +51,8 @@ class Part:
     @property
     def whole(self) -> bool:
         """Whether the tensor is one whole parameter in its own shape (perhaps a DTensor)."""
-        return len(self.pieces) == 1 and tuple(self.tensor.shape) == self.pieces[0].shape
+        shape = tuple(self.tensor.shape)
+        return len(self.pieces) == 1 and self.pieces[0].shape == shape and self.pieces[0].length == prod(shape)
 
     def slices(self, values: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece with its own stretch, a 1-D view of ``values``, which is laid out as ``tensor``."""

@@ -3,6 +3,9 @@
 Parameters and persistent buffers are ``model.<name>``, tied ones once, under their first name. Optimizer state is
 ``optimizer.<parameter>.<key>``, so that it does not depend on the order of parameters or on their groups. Random
 number generators have no state to save: the engine derives them from seed and step.
+
+The names do not depend on who holds what either: ``model.<name>`` are the master weights where there are any, and what
+is divided is saved as boxes of the whole parameter. So each layout reads what any other wrote.
 """
 
 from __future__ import annotations
@@ -10,16 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torch.optim import Optimizer
 
 import camshaft
 from camshaft.errors import CheckpointError
+from camshaft.parts import Part
+from camshaft_checkpoint import held
+from camshaft_checkpoint.held import Held
 
 if TYPE_CHECKING:
     from camshaft.state import State
@@ -27,49 +31,33 @@ if TYPE_CHECKING:
 Description = dict[str, Any]
 
 
-def model_tensors(model: Module) -> dict[str, Tensor]:
-    """Live parameters and persistent buffers by name, without the ``model.`` of the checkpoint; tied ones once.
+def optimizer_parts(state: State) -> Iterator[tuple[Part, Mapping[str, Any], int]]:
+    """(part, group, number of the group) of everything that the optimizer updates on this rank.
 
     Raises:
-        CheckpointError: the module has extra state that is not a tensor.
+        CheckpointError: it updates a tensor that holds no parameter of the model.
     """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"the model's '{name}' is a {type(value).__name__}; only tensors can be saved")
-        if id(value) not in seen:
-            seen.add(id(value))
-            found[name] = value
-    return found
-
-
-def optimizer_parameters(optimizer: Optimizer, model: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Any]]:
-    """(name, parameter, group) of everything that the optimizer updates on this rank.
-
-    Raises:
-        CheckpointError: it updates a tensor that is no parameter of the model.
-    """
-    names = {id(tensor): name for name, tensor in model.items()}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if id(parameter) not in names:
+    parts = {id(part.tensor): part for part in state.world.parts}
+    for number, group in enumerate(state.optimizer.param_groups):
+        for tensor in group["params"]:
+            if id(tensor) not in parts:
                 raise CheckpointError(
-                    f"group {number} of the optimizer holds a tensor {list(parameter.shape)} that is no parameter of"
+                    f"group {number} of the optimizer holds a tensor {list(tensor.shape)} that is no parameter of"
                     " the model, so its state has no name to be saved under"
                 )
-            yield names[id(parameter)], parameter, group
+            yield parts[id(tensor)], group, number
 
 
-def collect(state: State) -> tuple[dict[str, Tensor], Description]:
-    """This rank's live tensors by checkpoint name, and its description of all else, copied.
+def collect(state: State, apart: Iterable[str]) -> tuple[dict[str, Held], Description]:
+    """What this rank holds by checkpoint name, live, and its description of all else, copied.
+
+    ``apart`` are the parameters that any rank holds elsewhere than in the model.
 
     Raises:
-        CheckpointError: something is neither a tensor nor JSON.
+        CheckpointError: something is neither a tensor nor JSON, or optimizer state cannot be divided as its tensor.
     """
-    model = model_tensors(state.model)
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.items()}
-    optimizer, moments = _describe_optimizer(state.optimizer, model)
+    tensors = {f"model.{name}": tensor for name, tensor in held.weights(state, apart).items()}
+    optimizer, moments = _describe_optimizer(state)
     description = {
         "state": {
             "step": state.step,
@@ -87,38 +75,60 @@ def collect(state: State) -> tuple[dict[str, Tensor], Description]:
     return tensors | moments, copied
 
 
-def _describe_optimizer(optimizer: Optimizer, model: Mapping[str, Tensor]) -> tuple[Description, dict[str, Tensor]]:
-    tensors: dict[str, Tensor] = {}
-    table: dict[str, dict[str, str]] = {}
+def _describe_optimizer(state: State) -> tuple[Description, dict[str, Held]]:
+    tensors: dict[str, dict[str, Held]] = {}
     values: dict[str, dict[str, Any]] = {}
-    for name, parameter, _ in optimizer_parameters(optimizer, model):
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for part, _, _ in optimizer_parts(state):
+        for key, value in state.optimizer.state.get(part.tensor, {}).items():
             if isinstance(value, Tensor):
-                table.setdefault(name, {})[key] = f"optimizer.{name}.{key}"
-                tensors[f"optimizer.{name}.{key}"] = value.detach()
+                _add_state(tensors.setdefault(key, {}), part, key, value)
             elif value is None or isinstance(value, bool | int | float | str):
-                values.setdefault(name, {})[key] = value
+                for piece in part.pieces:
+                    values.setdefault(piece.name, {})[key] = value
             else:
                 raise CheckpointError(
-                    f"optimizer state '{key}' of '{name}' is a {type(value).__name__}; only tensors, numbers and"
-                    " strings can be saved"
+                    f"optimizer state '{key}' of '{_title(part)}' is a {type(value).__name__}; only tensors, numbers"
+                    " and strings can be saved"
                 )
+    names = [(name, key) for key, by_name in tensors.items() for name in by_name]
+    table: dict[str, dict[str, str]] = {}
+    for name, key in names:
+        table.setdefault(name, {})[key] = f"optimizer.{name}.{key}"
     described = {
-        "class": type(optimizer).__name__,
-        "groups": describe_groups(optimizer, model),
+        "class": type(state.optimizer).__name__,
+        "groups": describe_groups(state),
         "tensors": table,
         "values": values,
     }
-    return described, tensors
+    return described, {table[name][key]: tensors[key][name] for name, key in names}
 
 
-def describe_groups(optimizer: Optimizer, model: Mapping[str, Tensor]) -> list[Description]:
+def _add_state(found: dict[str, Held], part: Part, key: str, value: Tensor) -> None:
+    """One value an element lies like the part's tensor; a single one, the count of steps, is every piece's."""
+    if part.whole or value.shape == part.tensor.shape:
+        held.spread(found, part, value)
+    elif not value.ndim:
+        found.update((piece.name, value) for piece in part.pieces)
+    else:
+        raise CheckpointError(
+            f"optimizer state '{key}' of '{_title(part)}' has shape {list(value.shape)}, which is neither one value"
+            " nor one an element; it cannot be saved where parameters are divided"
+        )
+
+
+def _title(part: Part) -> str:
+    return ", ".join(dict.fromkeys(piece.name for piece in part.pieces)) or "a part without parameters"
+
+
+def describe_groups(state: State) -> list[Description]:
     """Hyperparameters and names of the parameters of each group."""
-    groups: list[Description] = [{"options": _options(group), "parameters": []} for group in optimizer.param_groups]
-    places = {id(group): number for number, group in enumerate(optimizer.param_groups)}
-    for name, _, group in optimizer_parameters(optimizer, model):
-        groups[places[id(group)]]["parameters"].append(name)
-    return groups
+    names: list[dict[str, None]] = [{} for _ in state.optimizer.param_groups]
+    for part, _, number in optimizer_parts(state):
+        names[number] |= dict.fromkeys(piece.name for piece in part.pieces)
+    return [
+        {"options": _options(group), "parameters": list(members)}
+        for group, members in zip(state.optimizer.param_groups, names, strict=True)
+    ]
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,9 +157,18 @@ def merge(descriptions: Sequence[Description]) -> Description:
         for group in other["groups"]:
             fresh = [name for name in group["parameters"] if name not in placed]
             if fresh:
-                optimizer["groups"].append({"options": group["options"], "parameters": fresh})
+                _group_like(optimizer["groups"], group["options"])["parameters"] += fresh
                 placed.update(fresh)
     return merged
+
+
+def _group_like(groups: list[Description], options: Mapping[str, Any]) -> Description:
+    """The group with these hyperparameters; a new one if there is none."""
+    for group in groups:
+        if group["options"] == options:
+            return group
+    groups.append({"options": options, "parameters": []})
+    return groups[-1]
 
 
 def origin(state: State) -> dict[str, Any]:

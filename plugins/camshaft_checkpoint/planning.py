@@ -1,34 +1,64 @@
-"""Who writes which piece, by torch.distributed.checkpoint's planner, with checks and copies that it lacks."""
+"""Who writes and reads which piece, by torch.distributed.checkpoint's planners, with what they lack.
+
+They know plain tensors and DTensors. Stretches of flat buffers are added here as boxes, with checks of what the ranks
+say together, and with copies.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
 from camshaft.errors import CheckpointError
+from camshaft_checkpoint.held import Divided, Held
 from camshaft_checkpoint.ranks import Ranks
 from camshaft_checkpoint.storage import Reader, Writer
 
+Divisions = Mapping[str, Divided]
+
 
 class SavePlanner(DefaultSavePlanner):
-    """Replicated tensors are written by one rank each, balanced by size; DTensors piece by piece by their owners."""
+    """What several ranks hold alike is written by one of them, balanced by size; the rest by its owners."""
 
-    def __init__(self) -> None:
+    def __init__(self, divided: Divisions) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._divided = divided
+        self._live_boxes = _by_index(divided)
         self._copies: dict[MetadataIndex, Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """The library's items, and one for each box."""
+        items = [_write_item(name, tensor, begin) for name, tensor in self._divided.items() for begin in tensor.boxes]
+        plan = super().create_local_plan()
+        self.plan = dataclasses.replace(plan, items=[*plan.items, *items])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        box = self._live_boxes.get(index)
+        return super().lookup_object(index) if box is None else box
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """The library keeps one of several equal items without a look at them; compare first.
 
         Raises:
-            CheckpointError: ranks hold different shapes or dtypes under one name, so the tensor is not replicated.
+            CheckpointError: ranks hold different shapes or dtypes under one name, so the tensor is not replicated; or
+                what they hold of a tensor is not all of it.
         """
         seen: dict[MetadataIndex, WriteItem] = {}
         for plan in all_plans:
@@ -37,8 +67,9 @@ class SavePlanner(DefaultSavePlanner):
                 if _identity(other) != _identity(item):
                     raise CheckpointError(
                         f"'{item.index.fqn}' is {_identity(other)} on one rank and {_identity(item)} on another;"
-                        " a tensor that is divided must be a DTensor to be saved"
+                        " a tensor that is divided must be a DTensor to be saved, or be in world.parts"
                     )
+        _check_complete(seen)
         return super().create_global_plan(all_plans)
 
     def snapshot(self, buffers: dict[MetadataIndex, Tensor]) -> None:
@@ -74,6 +105,36 @@ def _identity(item: WriteItem) -> str:
     return f"{data.properties.dtype} {list(data.chunk.sizes)} of {list(data.size)}"
 
 
+def _check_complete(items: Mapping[MetadataIndex, WriteItem]) -> None:
+    """Boxes that begin at different places must fill their tensor; that none overlap is checked by the library."""
+    counts: dict[str, tuple[int, int]] = {}
+    for item in items.values():
+        if item.tensor_data is not None:
+            found, _ = counts.get(item.index.fqn, (0, 0))
+            counts[item.index.fqn] = found + math.prod(item.tensor_data.chunk.sizes), math.prod(item.tensor_data.size)
+    for name, (found, wanted) in counts.items():
+        if found != wanted:
+            raise CheckpointError(f"the ranks hold {found} elements of '{name}', which has {wanted}: not each one once")
+
+
+def _by_index(divided: Divisions) -> dict[MetadataIndex, Tensor]:
+    return {MetadataIndex(name, begin): box for name, tensor in divided.items() for begin, box in tensor.boxes.items()}
+
+
+def _chunk(begin: tuple[int, ...], box: Tensor) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(begin), box.shape)
+
+
+def _write_item(name: str, tensor: Divided, begin: tuple[int, ...]) -> WriteItem:
+    box = tensor.boxes[begin]
+    data = TensorWriteData(
+        chunk=_chunk(begin, box),
+        properties=TensorProperties.create_from_tensor(box),
+        size=torch.Size(tensor.shape),
+    )
+    return WriteItem(MetadataIndex(name, begin), WriteItemType.SHARD, tensor_data=data)
+
+
 def plan_bytes(plan: SavePlan) -> int:
     """Bytes of tensor data that a plan writes."""
     return sum(
@@ -86,9 +147,10 @@ def plan_bytes(plan: SavePlan) -> int:
 class Saving:
     """One checkpoint's tensors on their way to disk: ``plan``, optionally ``planner.snapshot``, then ``write``."""
 
-    def __init__(self, tensors: dict[str, Tensor], writer: Writer, ranks: Ranks) -> None:
-        self.tensors, self.writer, self.ranks = tensors, writer, ranks
-        self.planner = SavePlanner()
+    def __init__(self, tensors: Mapping[str, Held], writer: Writer, ranks: Ranks) -> None:
+        self.writer, self.ranks = writer, ranks
+        self.tensors, divided = _by_kind(tensors)
+        self.planner = SavePlanner(divided)
         self.metadata: Metadata | None = None
         self.total = 0
         """Bytes of tensor data of all ranks; known to rank 0 when planned, and to all when it has told them."""
@@ -117,14 +179,46 @@ class Saving:
         return self.writer.prepare_global_plan(merged)
 
 
-def read_into(tensors: dict[str, Tensor], reader: Reader, is_main: bool) -> None:
+def _by_kind(tensors: Mapping[str, Held]) -> tuple[dict[str, Tensor], dict[str, Divided]]:
+    plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return plain, {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Divided)}
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """The library's, which also fills boxes."""
+
+    def __init__(self, divided: Divisions) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._divided = divided
+        self._live_boxes = _by_index(divided)
+
+    def create_local_plan(self) -> LoadPlan:
+        """The library's items, and what boxes here and boxes of the checkpoint have in common."""
+        plan = super().create_local_plan()
+        items = list(plan.items)
+        for name, tensor in self._divided.items():
+            chunks = [_chunk(begin, box) for begin, box in tensor.boxes.items()]
+            assert self.metadata is not None
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, stored, chunks)
+        return dataclasses.replace(plan, items=items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        box = self._live_boxes.get(index)
+        return super().lookup_tensor(index) if box is None else box
+
+
+def read_into(tensors: Mapping[str, Held], reader: Reader, is_main: bool) -> None:
     """Fill ``tensors`` in place with what the checkpoint has under their names, in the layout that they have now.
 
-    The default load plan needs no agreement between ranks: each rank reads the pieces that it misses.
+    The load plan needs no agreement between ranks: each rank reads the pieces that it misses. Values are converted to
+    the dtype that the tensors have.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    plain, divided = _by_kind(tensors)
+    planner = LoadPlanner(divided)
     metadata = reader.read_metadata()
-    planner.set_up_planner(tensors, metadata, is_main)
+    planner.set_up_planner(plain, metadata, is_main)
     reader.set_up_storage_reader(metadata, is_main)
     plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
     with torch.no_grad():

@@ -64,6 +64,10 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def union(self, names: set[str]) -> set[str]:
+        """All ranks' names, on every rank."""
+        return set[str]().union(*self.share(names))
+
     def collect(self, value: T) -> list[T] | None:
         """Every rank's value by rank, on rank 0; None elsewhere."""
         if self.group is None:

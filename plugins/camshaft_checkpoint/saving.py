@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from camshaft_checkpoint import contents, files, folders, manifest, storage
+from camshaft_checkpoint import contents, files, folders, held, manifest, storage
 from camshaft_checkpoint.background import Background
 from camshaft_checkpoint.contents import Description
+from camshaft_checkpoint.held import Held
 from camshaft_checkpoint.manifest import Manifest
 from camshaft_checkpoint.planning import Saving
 from camshaft_checkpoint.ranks import Ranks
@@ -93,7 +94,8 @@ class Saver:
                     state.step,
                 )
             return None
-        tensors, description = self.ranks.everywhere(lambda: contents.collect(state))
+        apart = self.ranks.union(held.apart(state))
+        tensors, description = self.ranks.everywhere(lambda: contents.collect(state, apart))
         folder = self.ranks.on_main(lambda: self._begin(state.step))
         if folder is None:
             self.saved_step = state.step
@@ -116,7 +118,7 @@ class Saver:
                 _log.warning("checkpoint %s is damaged and will be replaced: %s", final.name, faults[0])
             return folders.begin(self.root, step)
 
-    def _saving(self, folder: Path, tensors: dict[str, Tensor]) -> Saving:
+    def _saving(self, folder: Path, tensors: dict[str, Held]) -> Saving:
         return Saving(tensors, storage.Writer(folder, self.ranks.rank), self.ranks)
 
     def _plan(self, job: Job, description: Description) -> Job:

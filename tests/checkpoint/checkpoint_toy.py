@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from camshaft.build import roles
+from camshaft.masters import whole_parts
 from camshaft.mesh import Mesh, MeshShape
 from camshaft.recipe.schema import Recipe
 from camshaft.rundir import RunDirectory
@@ -96,7 +98,9 @@ def make_state(
         batch=BatchPlan(2, 4, 1),
         run=RunDirectory(path),
         total_steps=total_steps,
+        roles=roles(model),
     )
+    world.parts = whole_parts(model, world.roles)
     return State(
         world=world,
         config=SimpleNamespace(),

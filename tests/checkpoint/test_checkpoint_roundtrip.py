@@ -16,7 +16,7 @@ from torch import nn
 import camshaft_checkpoint
 from camshaft.errors import CheckpointError
 from camshaft.testing.ranks import run_ranks
-from camshaft_checkpoint import contents, loading
+from camshaft_checkpoint import contents, moments
 from camshaft_checkpoint.index import Stored
 
 
@@ -72,7 +72,7 @@ def test_new_optimizer_state_is_made_on_the_right_device(
     key: str, shape: tuple[int, ...], group: dict[str, Any], device: str
 ) -> None:
     parameter = nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16, device="meta"))
-    made = loading.empty_state(Stored("F32", shape, ()), key, parameter, group)
+    made = moments.empty_state(Stored("F32", shape, ()), key, parameter, group)
     assert made is not None
     assert (made.device.type, made.dtype, tuple(made.shape)) == (device, torch.float32, shape)
     assert not made.requires_grad
@@ -171,7 +171,7 @@ class Wider(Toy):
         self.up = nn.Linear(7, 16)
         self.extra = nn.Parameter(torch.zeros(2))
         del self.low
-        self.wide = nn.Parameter(self.wide.detach().float())
+        self.register_buffer("seen", self.seen.int())
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
@@ -185,9 +185,42 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert "model.extra: not in the checkpoint" in text
     assert "model.low: in the checkpoint, and has no place now" in text
     assert "optimizer.low.exp_avg: in the checkpoint, and has no place now" in text
-    assert "model.wide: torch.float64 in the checkpoint, torch.float32 now" in text
+    assert "model.seen: torch.int64 in the checkpoint, torch.int32 now" in text
     assert "nothing was loaded" in text
     assert differences(before, everything(other.state)) == []
+
+
+class Other(Toy):
+    """One parameter is narrower than in ``Toy``, another wider."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.wide = nn.Parameter(self.wide.detach().float())
+        self.low = nn.Parameter(self.low.detach().float())
+
+
+def test_parameters_and_their_state_take_the_dtype_of_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    first = Run(tmp_path)
+    first.train(3)
+    second = Run(tmp_path, model=Other(seed=9))
+    assert second.load()
+    saved, got = everything(first.state), everything(second.state)
+    keys = [f"{name}{suffix}" for name in ("wide", "low") for suffix in ("", "/exp_avg", "/exp_avg_sq")]
+    assert differences(saved, got) == sorted(keys)
+    for key in keys:
+        assert torch.equal(saved[key].float(), got[key])
+        assert got[key].dtype == torch.float32
+    assert "3 tensor(s) in torch.float64, which were rounded to torch.float32" in caplog.text
+    assert "3 tensor(s) in torch.bfloat16; they are torch.float32 now, unchanged" in caplog.text
+
+
+def test_a_buffer_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(3)
+    Run(tmp_path, model=model).train(1)
+    model.running_mean = model.running_mean.double()
+    with pytest.raises(CheckpointError, match=r"model.running_mean: torch.float32 in the checkpoint, torch.float64"):
+        Run(tmp_path, model=model).load()
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ class Plugin(camshaft.Plugin):
     def bind(self) -> None: ...
 
     @hookimpl
+    def post_load(self) -> None: ...
+
+    @hookimpl
     def pre_run(self) -> None: ...
 
     @hookimpl

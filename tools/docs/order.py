@@ -24,7 +24,7 @@ BUILD = Stage(
         "shard_storage", "materialize", "optimizer", "schedule", "handlers", "bind",
     ),
 )  # fmt: skip
-OPEN = Stage("Open", ("load", "load_state_dict", "pre_run"))
+OPEN = Stage("Open", ("load", "load_state_dict", "post_load", "pre_run"))
 STEP = (
     Stage("F forward", ("pre_forward", "around_forward"), "loss sum, weight"),
     Stage("B backward", ("post_backward",), "gradients"),
