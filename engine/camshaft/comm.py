@@ -1,18 +1,43 @@
 """Every collective of ours goes through here: it knows plugin, hook, axis, operation, dtype and bytes.
 
 A ``Channel`` is one plugin's line to its peers along one mesh axis. With an observer (the ledger) each call is told to
-it before it starts; without one a call costs one comparison more than torch's own.
+it before it starts; without one a call costs one comparison more than what it is made of.
+
+On CUDA the collectives are torch's own. On a CPU, where gloo carries them, those that gloo does worse are composed of
+point-to-point messages (``camshaft.comm_exchange`` says which, and by how much).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
+
+from camshaft.comm_exchange import Scratch, add_in_order, exchange
+
+_SHARE: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda size: 2 * (size - 1) / size,
+    "send": lambda size: 1.0,
+    "recv": lambda size: 0.0,
+    "barrier": lambda size: 0.0,
+}
+
+
+def sent(op: str, size: int, elements: int) -> float:
+    """Elements that one of ``size`` ranks sends for ``op``, by the best algorithm: ring, or pairwise.
+
+    ``elements``: of the whole, that is all of what is reduced, gathered, scattered or broadcast. All-reduce:
+    2 (N-1)/N of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009); a message: all of it; every other
+    operation: (N-1)/N, for those with one source as the mean over ranks.
+    """
+    share = _SHARE.get(op)
+    return elements * ((size - 1) / size if share is None else share(size))
 
 
 class Call(NamedTuple):
@@ -27,33 +52,61 @@ class Call(NamedTuple):
     """Of the whole: the sum over ranks of what ends up where, e.g. all of a gathered tensor."""
     size: int
     """Ranks in the group."""
+    away: int | None = None
+    """Elements that this rank sends, where only it knows (all_to_all); None: as ``sent`` says."""
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that this rank sends, by theory."""
+        count = sent(self.op, self.size, self.elements) if self.away is None else self.away
+        return count * self.dtype.itemsize
 
 
 Observer = Callable[[Call], None]
 
+_thread = threading.local()
+
+
+def starting() -> bool:
+    """Whether this thread is inside of a channel's call, which an observer has been told of."""
+    return getattr(_thread, "starting", False)
+
 
 class Pending:
-    """A collective under way."""
+    """A collective under way. It must be waited for, also when its result is of no use any more."""
 
-    __slots__ = ("_finish", "_work")
+    __slots__ = ("_finish", "_works")
 
-    def __init__(self, work: dist.Work | None, finish: Callable[[], None] | None = None) -> None:
-        self._work, self._finish = work, finish
+    def __init__(self, works: Sequence[Work], finish: Callable[[], None] | None = None) -> None:
+        self._works, self._finish = works, finish
 
     def wait(self) -> None:
-        """Return when the result is there (for the device's current stream); may be called again."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        """Return when the result is there (for the device's current stream); may be called again.
+
+        Raises:
+            RuntimeError: a peer is gone, or did not come within the group's time-out.
+        """
+        for work in self._works:
+            work.wait()
+        self._works = ()
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()
 
 
+_DONE = Pending(())
+
+# torch 2.13 renames the flat collectives, and warns of the old names, which are all that 2.11 has.
+_gather: Callable[..., Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter: Callable[..., Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class Channel:
     """Collectives of ``plugin`` along ``axis``. All of them are asynchronous and return what to wait for.
 
-    Every rank of the group must call the same ones in the same order. ``hook`` says during which hook.
+    Every rank of the group must call the same ones in the same order; they may be waited for in any order. Tensors are
+    contiguous and must stay untouched until the wait is over. ``hook`` says during which hook. Alone in its group, a
+    rank copies and sends nothing.
     """
 
     observer: Observer | None = None
@@ -62,57 +115,133 @@ class Channel:
     def __init__(self, group: ProcessGroup, plugin: str, axis: str) -> None:
         self.group, self.plugin, self.axis = group, plugin, axis
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self._scratch = Scratch()
 
     def all_reduce(self, tensor: Tensor, hook: str, op: str = "sum") -> Pending:
-        """``tensor`` (contiguous) becomes the ``sum`` or ``max`` over the group, in place."""
-        self._tell(hook, "all_reduce", tensor.dtype, tensor.numel())
-        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        return Pending(dist.all_reduce(tensor, op=kind, group=self.group, async_op=True))
+        """``tensor`` becomes the ``sum`` or ``max`` over the group, in place."""
+        if Channel.observer is None:
+            return self._all_reduce(tensor, op)
+        with self._told(hook, "all_reduce", tensor.dtype, tensor.numel()):
+            return self._all_reduce(tensor, op)
 
     def reduce_scatter(self, output: Tensor, source: Tensor, hook: str) -> Pending:
         """``output`` [n] becomes the sum over ranks of their ``source`` [size * n]'s stretch of this rank.
 
-        Ranks are added in ascending order. ``output`` may be this rank's stretch of ``source``; the rest of ``source``
-        may be overwritten, and must stay untouched until the wait is over.
+        ``output`` may be this rank's stretch of ``source``; the rest of ``source`` may be overwritten. On a CPU ranks
+        are added in ascending order, in the tensors' dtype, or in fp32 and rounded once where that is narrower. It
+        takes (size - 1) n elements of memory beside them there, which the channel keeps for its next calls.
         """
-        self._tell(hook, "reduce_scatter", source.dtype, source.numel())
-        return Pending(dist.reduce_scatter_tensor(output, source, group=self.group, async_op=True))
+        if Channel.observer is None:
+            return self._reduce_scatter(output, source)
+        with self._told(hook, "reduce_scatter", source.dtype, source.numel()):
+            return self._reduce_scatter(output, source)
 
     def all_gather(self, output: Tensor, source: Tensor, hook: str) -> Pending:
         """``output`` [size * n] becomes the ``source`` [n] of all ranks, in rank order.
 
         ``source`` may be this rank's stretch of ``output``.
         """
-        self._tell(hook, "all_gather", output.dtype, output.numel())
-        return Pending(dist.all_gather_into_tensor(output, source, group=self.group, async_op=True))
+        if Channel.observer is None:
+            return self._all_gather(output, source)
+        with self._told(hook, "all_gather", output.dtype, output.numel()):
+            return self._all_gather(output, source)
 
-    def all_to_all(self, outputs: list[Tensor], sources: list[Tensor], hook: str) -> Pending:
-        """``outputs[r]`` becomes what rank r has in its ``sources`` for this rank; 1-D, contiguous, any lengths."""
+    def all_to_all(self, outputs: Sequence[Tensor], sources: Sequence[Tensor], hook: str) -> Pending:
+        """``outputs[r]`` becomes what rank r has in its ``sources`` for this rank; one dtype, any lengths, also none.
+
+        An empty list is one of empty tensors.
+        """
+        if Channel.observer is None:
+            return self._all_to_all(outputs, sources)
+        kept = sources[self.rank].numel() if sources else 0
         elements = sum(source.numel() for source in sources)
-        self._tell(hook, "all_to_all", sources[0].dtype, elements * self.size)
-        received = torch.cat(outputs) if outputs else torch.empty(0)
-        work = dist.all_to_all_single(
-            received,
-            torch.cat(sources),
-            [output.numel() for output in outputs],
-            [source.numel() for source in sources],
-            group=self.group,
-            async_op=True,
-        )
-
-        def unpack() -> None:
-            for output, part in zip(
-                outputs, torch.split(received, [output.numel() for output in outputs]), strict=True
-            ):
-                output.copy_(part)
-
-        return Pending(work, unpack)
+        dtype = next((tensor.dtype for tensor in (*sources, *outputs)), torch.uint8)
+        with self._told(hook, "all_to_all", dtype, elements * self.size, elements - kept):
+            return self._all_to_all(outputs, sources)
 
     def broadcast(self, tensor: Tensor, source: int, hook: str) -> Pending:
         """``tensor`` becomes that of rank ``source`` of the group."""
-        self._tell(hook, "broadcast", tensor.dtype, tensor.numel())
-        return Pending(dist.broadcast(tensor, group=self.group, group_src=source, async_op=True))
+        if Channel.observer is None:
+            return self._broadcast(tensor, source)
+        with self._told(hook, "broadcast", tensor.dtype, tensor.numel()):
+            return self._broadcast(tensor, source)
 
-    def _tell(self, hook: str, op: str, dtype: torch.dtype, elements: int) -> None:
-        if Channel.observer is not None:
-            Channel.observer(Call(self.plugin, hook, self.axis, op, dtype, elements, self.size))
+    def _all_reduce(self, tensor: Tensor, op: str) -> Pending:
+        if self.size == 1:
+            return _DONE
+        # gloo's own: composed of messages it sends the same and is no faster, and it would have to add during the wait.
+        kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
+        return Pending((dist.all_reduce(tensor, op=kind, group=self.group, async_op=True),))
+
+    def _reduce_scatter(self, output: Tensor, source: Tensor) -> Pending:
+        if self.size == 1:
+            return _copied(output, source)
+        if not source.is_cpu:
+            return Pending((_scatter(output, source, group=self.group, async_op=True),))
+        count = output.numel()
+        if not count:
+            return _DONE
+        own, stretches = self.rank, source.detach().view(self.size, count).unbind()
+        buffer = self._scratch.take((self.size - 1) * count * source.itemsize)
+        received = buffer.view(source.dtype).view(self.size - 1, count).unbind()
+        works = exchange(self.group, own, (*received[:own], output, *received[own:]), stretches)
+        parts = (*received[:own], stretches[own], *received[own:])
+
+        def add() -> None:
+            add_in_order(output.detach().view(-1), parts)
+            self._scratch.give(buffer)
+
+        return Pending(works, add)
+
+    def _all_gather(self, output: Tensor, source: Tensor) -> Pending:
+        if self.size == 1:
+            return _copied(output, source)
+        if not output.is_cpu:
+            return Pending((_gather(output, source, group=self.group, async_op=True),))
+        count = source.numel()
+        if not count:
+            return _DONE
+        stretches = output.detach().view(self.size, count).unbind()
+        flat = source.detach().view(-1)
+        works = exchange(self.group, self.rank, stretches, (flat,) * self.size)
+        _copied(stretches[self.rank], flat)  # while the messages travel
+        return Pending(works)
+
+    def _all_to_all(self, outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Pending:
+        sample = next(iter((*outputs, *sources)), None)
+        if sample is None:
+            sample = torch.empty(0, device=_device(self.group))  # nothing here, but nccl's call is one of all ranks
+        nothing = [sample.new_empty(0)] * self.size
+        outputs, sources = outputs or nothing, sources or nothing
+        if self.size > 1 and not sample.is_cpu:
+            return Pending((dist.all_to_all(list(outputs), list(sources), group=self.group, async_op=True),))
+        works = exchange(self.group, self.rank, outputs, sources)
+        _copied(outputs[self.rank], sources[self.rank])
+        return Pending(works)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Pending:
+        if self.size == 1:
+            return _DONE
+        return Pending((dist.broadcast(tensor, group=self.group, group_src=source, async_op=True),))
+
+    @contextmanager
+    def _told(self, hook: str, op: str, dtype: torch.dtype, elements: int, away: int | None = None) -> Iterator[None]:
+        """Tell the observer, which then knows of what torch is asked for inside."""
+        assert Channel.observer is not None
+        Channel.observer(Call(self.plugin, hook, self.axis, op, dtype, elements, self.size, away))
+        _thread.starting = True
+        try:
+            yield
+        finally:
+            _thread.starting = False
+
+
+def _copied(output: Tensor, source: Tensor) -> Pending:
+    if output.data_ptr() != source.data_ptr():
+        output.detach().view(-1).copy_(source.detach().view(-1))
+    return _DONE
+
+
+def _device(group: ProcessGroup) -> torch.device:
+    """Where tensors of ``group`` are when no tensor tells."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
