@@ -95,6 +95,7 @@ class Stepper:
         missing = sorted({action.kind.name for action in program if action.kind not in table})
         if missing:
             raise PluginError("?", "handlers", f"the program has actions that nobody runs: {', '.join(missing)}")
+        self.actors = frozenset(owners[action.kind] for action in program) - {"core"}
         return tuple((table[action.kind], action.microbatch, PHASES.get(action.kind, "step")) for action in program)
 
     def _innermost_step(self, host: Host) -> Callable[[], None]:

@@ -46,7 +46,17 @@ class Plugin(camshaft.Plugin):
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:
         """AdamW works element by element, so shards of any shape are fine; it keeps two values for each."""
-        return camshaft.Plan(provides=("elementwise_optimizer",), moments=2)
+        options = self.options
+        problems: tuple[camshaft.Problem, ...] = ()
+        if options.weight_decay == 0 and options.decay_embeddings and "decay_embeddings" in options.model_fields_set:
+            problems = (
+                camshaft.Problem(
+                    "decay_embeddings does nothing without weight decay",
+                    key=f"plugins.{self.name}.decay_embeddings",
+                    fix=f"set plugins.{self.name}.weight_decay=0.1, or remove decay_embeddings",
+                ),
+            )
+        return camshaft.Plan(provides=("elementwise_optimizer",), problems=problems, moments=2)
 
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 import camshaft
+from camshaft.mesh import stated_data_parallel
 
 if TYPE_CHECKING:
     from camshaft.estimate import Estimate, Sizes
@@ -44,11 +45,21 @@ class Plugin(camshaft.Plugin):
     _order: list[str] | None = None
 
     @camshaft.hookimpl
-    def plan(self) -> camshaft.Plan:
-        """Own gradients and their sum on ``dp``."""
+    def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
+        """Own gradients and their sum on ``dp``. A recipe that asks for one data rank asks for none of it."""
+        problems: tuple[camshaft.Problem, ...] = ()
+        if stated_data_parallel(context.recipe.parallel) == 1:
+            problems = (
+                camshaft.Problem(
+                    f"'{self.name}' works along the data axis alone, and the recipe gives that axis one rank",
+                    key=f"plugins.{self.name}",
+                    fix=f"remove plugins.{self.name}, or set parallel.data_parallel=auto",
+                ),
+            )
         return camshaft.Plan(
             claims=(camshaft.Claim("gradient.layout", "dp"), camshaft.Claim("gradient.reduce", "dp")),
             provides=("reduced_gradients@dp",),
+            problems=problems,
         )
 
     @camshaft.hookimpl
@@ -107,6 +118,19 @@ class Plugin(camshaft.Plugin):
             return
         for parameter in self._parameters:
             parameter.grad = None
+
+    @camshaft.hookimpl
+    def inert(self) -> str | None:
+        """Asked to overlap, and with one bucket there is nothing that backward could go on beside."""
+        asked = "overlap" in self.options.model_fields_set and self.options.overlap
+        if not asked or self._reducer is None or len(self._reducer.buckets) > 1:
+            return None
+        (bucket,) = self._reducer.buckets
+        size = bucket.flat.numel() * bucket.flat.element_size() / 2**20
+        return (
+            f"overlap has nothing to overlap: all gradients fit into one bucket, of {size:.3g} MiB; lower "
+            f"plugins.{self.name}.bucket_size_mb, or remove overlap"
+        )
 
     @camshaft.hookimpl
     def state_dict(self) -> Mapping[str, Any]:

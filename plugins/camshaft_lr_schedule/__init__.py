@@ -6,6 +6,7 @@ arXiv:2404.06395) and constant, each after a linear warm-up. Claims nothing.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -115,3 +116,17 @@ class Plugin(camshaft.Plugin):
         from camshaft_lr_schedule.shapes import factor
 
         return factor(self.options, step, self.total)
+
+    @camshaft.hookimpl
+    def inert(self) -> str | None:
+        """A factor of 1 in every step is what a run has without a schedule. Every shape has it in a run of one step."""
+        from camshaft_lr_schedule.shapes import factor
+
+        # The ends first: nearly every shape differs from 1 there.
+        steps = itertools.chain((0, self.total - 1), range(self.total))
+        if self.total == 1 or any(factor(self.options, step, self.total) != 1.0 for step in steps):
+            return None
+        return (
+            f"the learning rate has the factor 1 in each of the run's {self.total} steps; give a warm-up, or a type "
+            "that decays"
+        )

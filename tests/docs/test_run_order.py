@@ -26,7 +26,7 @@ launch: {processes: 1, device: cpu}
 plugins:
   every_hook: {}
   adamw: {lr: 1e-3}
-  lr_schedule: {type: constant}
+  lr_schedule: {type: cosine}
   clip: {}
   precision: {compute: fp32}
   checkpoint: {every_steps: 100}
