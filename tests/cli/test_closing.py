@@ -80,3 +80,37 @@ def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch:
     assert closing.program() == ["camshaft"]
     (folder / "camshaft").unlink()
     assert closing.program() == [str(folder / "python"), "-m", "camshaft"]
+
+
+def test_parameters_that_are_divided_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> str:
+        raise AssertionError("the model was read")
+
+    world = SimpleNamespace(readable=False)
+    state: Any = SimpleNamespace(world=world, step=7)
+    data: Any = SimpleNamespace(tokenizer=object())
+    monkeypatch.setattr(closing, "text_sample", refuse)
+    assert closing.sample(state, data) == "no sample of the model: its parameters are divided over ranks"
+    world.readable = True
+    monkeypatch.setattr(closing, "text_sample", lambda *arguments: "some words")
+    assert closing.sample(state, data) == "sample of the model after step 7:\n  some words"
+
+
+def test_a_sample_needs_a_tokenizer_and_every_layer() -> None:
+    import torch
+
+    from camshaft.models.config import resolve
+    from camshaft.models.llama import Llama
+    from camshaft.recipe.schema import Model
+
+    with torch.device("meta"):
+        model = Llama(resolve(Model(preset="llama-nano"), 300))
+
+    def speaks(stages: int = 1, tokenizer: object = "some", trained: object = model) -> bool:
+        mesh = SimpleNamespace(degree=lambda axis: {"pp": stages}[axis])
+        state: Any = SimpleNamespace(model=trained, world=SimpleNamespace(mesh=mesh))
+        data: Any = SimpleNamespace(tokenizer=tokenizer)
+        return closing.speaks(state, data)
+
+    assert speaks()
+    assert not speaks(stages=2) and not speaks(tokenizer=None) and not speaks(trained=torch.nn.Linear(1, 1))

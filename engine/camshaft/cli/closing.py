@@ -22,9 +22,8 @@ SAMPLE_TOKENS = 60
 def show(state: State, data: Prepared, recipe_path: str, overrides: Sequence[str] = ()) -> None:
     """Print the closing lines; called on rank 0 while the model exists."""
     run = state.world.run
-    sample = text_sample(state, data)
-    if sample:
-        announce(f"\nsample of the model after step {state.step}:\n  {sample}\n")
+    if speaks(state, data):
+        announce(f"\n{sample(state, data)}\n")
     announce(f"run          {run.path}")
     announce(f"metrics      {run.metrics}")
     checkpoints = sorted(path for path in run.checkpoints.glob("step_*") if path.is_dir())
@@ -35,16 +34,29 @@ def show(state: State, data: Prepared, recipe_path: str, overrides: Sequence[str
         announce(f"  {line}\n      {why}")
 
 
-def text_sample(state: State, data: Prepared) -> str:
-    """A few words from the model, one line; empty without a tokenizer, or where this rank holds only a part of it."""
+def speaks(state: State, data: Prepared) -> bool:
+    """Whether a sample can be made of it: there is a tokenizer, and this rank has every layer of our own model."""
     from camshaft.models.llama import Llama
 
-    if data.tokenizer is None or not isinstance(state.model, Llama) or state.world.mesh.degree("pp") > 1:
-        return ""
+    return data.tokenizer is not None and isinstance(state.model, Llama) and state.world.mesh.degree("pp") == 1
+
+
+def sample(state: State, data: Prepared) -> str:
+    """A sample of the model under its headline, or in one line why there is none."""
+    if not state.world.readable:
+        return "no sample of the model: its parameters are divided over ranks"
+    text = text_sample(state, data) or "(blanks)"
+    return f"sample of the model after step {state.step}:\n  {text}"
+
+
+def text_sample(state: State, data: Prepared) -> str:
+    """A few words from the model, one line. ``speaks`` and ``world.readable`` hold."""
     import torch
 
+    from camshaft.models.llama import Llama
     from camshaft.models.sample import generate
 
+    assert data.tokenizer is not None and isinstance(state.model, Llama)
     generator = torch.Generator(device="cpu").manual_seed(state.world.recipe.seed)
     prompt = [int(token) for token in data.tokenizer.encode_batch(["The "])[0]]
     state.model.eval()
