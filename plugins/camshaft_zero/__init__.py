@@ -1,15 +1,138 @@
-"""ZeRO 1, 2, 3 and hybrid sharding."""
+"""ZeRO 1, 2, 3 (Rajbhandari et al., arXiv:1910.02054) and hybrid sharding (Zhao et al., arXiv:2304.11277).
+
+Parameters, gradients and the optimizer's values (master weights and moments) are each replicated or divided along a
+data axis. Units of parameters lie in flat buffers, divided into one equal stretch a rank, whatever their shapes; what
+the optimizer updates are this rank's stretches (``world.parts``), so that one fused call updates many parameters.
+
+- Optimizer divided (stage 1): gradients are summed once a window, each rank updates its stretch, and updated parameters
+  travel bucket by bucket while the next forward runs.
+- Gradients too (stage 2): buckets are summed while backward goes on, and the full gradient is freed at once.
+- Parameters too (stage 3): a unit is gathered just before its forward and its backward, and freed after each.
+
+The engine has divided the loss by the global weight, so a gradient is a sum over ranks and microbatches: nothing is
+averaged. Invariant: copies on different ranks are bit-equal after each step; padding is 0 and in no norm.
+
+With P parameters, N ranks and widths p, g, m (bytes of a parameter, a kept gradient, the optimizer's values): stage 1
+takes (p + g) P + m P/N, stage 2 p P + (g + m) P/N, stage 3 (p + g + m) P/N, beside two buffers of one bucket or unit
+for each of what is freed. Sent a rank and window, times (N-1)/N: 2 P; stage 3 with M microbatches (2 M + 1) P, less what
+is kept between forward and backward. ``reduce: each`` sends P for each microbatch instead of one.
+
+Claims layout and reduction of gradients and the layout of the optimizer's values on ``dp``, and that of parameters where
+they are divided. This module imports no torch.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import camshaft
+from camshaft.claims import Claim, Plan, PlanContext, Resource
+from camshaft.errors import Problem
+from camshaft.plugin import hookimpl
+from camshaft_zero.options import Options
+from camshaft_zero.placement import Placement, resolve
 
+if TYPE_CHECKING:
+    from torch.nn import Module
 
-class Options(camshaft.Options):
-    """Options of zero."""
+    from camshaft.hookspecs import Forward, Step
+    from camshaft.state import State, World
+    from camshaft_zero.native import Storage
 
 
 class Plugin(camshaft.Plugin):
-    """ZeRO 1, 2, 3 and hybrid sharding."""
+    """ZeRO 1, 2, 3 and hybrid sharding on flat buffers."""
 
     Options = Options
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._storage: Storage | None = None
+
+    @hookimpl
+    def plan(self, context: PlanContext) -> Plan:
+        """Own gradients and the optimizer's values on the data axis, and parameters where they are divided."""
+        key = f"plugins.{self.name}"
+        placement, problems = resolve(self.options, context.mesh.members("dp"), key)
+        if placement is None:
+            return Plan(problems=tuple(problems))
+        if self.options.reduce == "each" and not placement.gradients:
+            fix = f"remove {key}.reduce, or set {key}.stage=2"
+            message = "gradients are replicated, so they are summed once a window"
+            problems.append(Problem(message, key=f"{key}.reduce", fix=fix))
+        resources: list[Resource] = ["gradient.layout", "gradient.reduce", "optimizer.layout"]
+        if placement.parameters:
+            resources.append("parameter.layout")
+        return Plan(
+            claims=tuple(Claim(resource, "dp") for resource in resources),
+            provides=("reduced_gradients@dp", "parameter_sums", "whole_parameters"),
+            problems=tuple(problems),
+        )
+
+    @hookimpl
+    def materialize(self, world: World, model: Module) -> None:
+        """Flat buffers, their first values, and the parts that the optimizer updates."""
+        from camshaft_zero.native import Storage
+
+        placement = self._placement(world)
+        self._storage = Storage(self.options, placement, world, model, self.name)
+        self._storage.materialize(model)
+
+    def _placement(self, world: World) -> Placement:
+        placement, _ = resolve(self.options, world.mesh.shape.members("dp"), f"plugins.{self.name}")
+        assert placement is not None, "plan refuses options without a placement"
+        return placement
+
+    def _bound(self) -> Storage:
+        assert self._storage is not None, "materialize comes before every other call"
+        return self._storage
+
+    @hookimpl
+    def bind(self, state: State) -> None:
+        """Put hooks on parameters and modules."""
+        self._bound().bind(state)
+
+    @hookimpl
+    def around_forward(self, call: Forward) -> Forward:
+        """Wait for updated parameters that no module waits for."""
+        storage = self._bound()
+
+        def forward(batch: Any) -> Any:
+            storage.before_forward()
+            return call(batch)
+
+        return forward
+
+    @hookimpl
+    def post_backward(self) -> None:
+        """Take gradients that did not fill a unit; free parameters that are still gathered."""
+        self._bound().end_backward()
+
+    @hookimpl
+    def reduce(self, state: State) -> None:
+        """Wait until every sum is there."""
+        self._bound().reduce(state)
+
+    @hookimpl
+    def around_step(self, state: State, call: Step) -> Step:
+        """Let the model's parameters follow what was updated."""
+        storage = self._bound()
+
+        def step() -> None:
+            call()
+            if not state.skipped:
+                storage.publish()
+
+        return step
+
+    @hookimpl
+    def release(self, state: State) -> None:
+        """Drop all gradients."""
+        self._bound().release(state)
+
+    @hookimpl
+    def close(self, status: str) -> None:
+        """Remove all hooks."""
+        if self._storage is not None:
+            self._storage.close(status == "finished")
+            self._storage = None

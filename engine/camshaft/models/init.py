@@ -10,7 +10,7 @@ seed (blocks of a large model would repeat), and its normal numbers differ betwe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -130,8 +130,15 @@ def _runs(local: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...
 
 
 @torch.no_grad()
-def materialize(model: nn.Module, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Give every parameter and buffer its storage on ``device`` and its first values, in place.
+def materialize(
+    model: nn.Module,
+    *,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    only: Container[str] | None = None,
+) -> None:
+    """Give every parameter (of the names in ``only``) and buffer its storage on ``device`` and first values, in place.
 
     A DTensor parameter gets its local shard only; together the shards hold what one process would have.
 
@@ -144,7 +151,7 @@ def materialize(model: nn.Module, *, seed: int, device: torch.device | str, dtyp
             to compute it.
     """
     device = torch.device(device)
-    owned = list(owned_parameters(model))
+    owned = [each for each in owned_parameters(model) if only is None or each.name in only]
     for parameter in owned:
         _refuse_hooks(parameter)
     # Storage is taken here, because the current GPU belongs to a thread; drawing numbers releases the GIL.
@@ -187,19 +194,28 @@ def _fill_shard(seed: int, owned: Owned, shard: _Shard) -> None:
 
 
 def _adopt(owned: Owned, shard: _Shard) -> None:
-    """Put the values into the parameter, which stays the same object and keeps its layout."""
+    """Put the values into the parameter, which keeps its layout."""
     parameter, data, layout = owned.parameter, shard.target, _layout(owned.parameter)
     if layout is not None:
         from torch.distributed.tensor import DTensor
 
         shape, stride = parameter.shape, parameter.stride()
         data = DTensor.from_local(data, *layout, run_check=False, shape=shape, stride=stride)
+    place(parameter, data, owned.name)
+
+
+def place(parameter: nn.Parameter, data: Tensor, name: str) -> None:
+    """Let ``parameter``, from meta, have ``data``; it stays the same object.
+
+    Raises:
+        ValueError: somebody holds a weak reference to it or a hook on it from before it had storage.
+    """
     fresh = nn.Parameter(data, requires_grad=parameter.requires_grad)
     fresh.__dict__.update(parameter.__dict__)
     try:
         torch.utils.swap_tensors(parameter, fresh)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise ValueError(f"parameter '{owned.name}' cannot get its storage: {error}") from error
+        raise ValueError(f"parameter '{name}' cannot get its storage: {error}") from error
 
 
 def _materialize_buffers(prefix: str, module: nn.Module, device: torch.device) -> None:

@@ -99,7 +99,7 @@ def assemble(world: World, values: Mapping[Part, Tensor]) -> dict[str, Tensor]:
     pieces: list[tuple[Piece, Tensor]] = []
     found: dict[str, Tensor] = {}
     for part, value in values.items():
-        if part.whole:
+        if isinstance(value, DTensor) or (part.whole and world.parts.channel is None):
             found[part.pieces[0].name] = _copy(value)
         else:
             pieces += [(piece, _copy(flat)) for piece, flat in part.slices(value.detach())]

@@ -1,0 +1,319 @@
+"""Stage 3: parameters are gathered just before their use and freed after it, ahead of time in the order of use.
+
+Units take turns in a few buffers (slots): a unit always has the same one, because what autograd saves for backward are
+views of it, which are right again once the unit is gathered again. While a unit is freed its parameters have no memory and
+read as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from camshaft.comm import Pending
+from camshaft_zero.grid import Grid
+from camshaft_zero.storage import Unit, nothing
+
+
+class Slot:
+    """A buffer that units use in turn."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.buffer: Tensor | None = None
+        self.owner: Seat | None = None
+
+
+class Seat:
+    """A unit and its slot."""
+
+    def __init__(self, unit: Unit, slot: Slot) -> None:
+        self.unit, self.slot = unit, slot
+        slot.size = max(slot.size, unit.layout.size)
+        self.flat: Tensor | None = None
+        self.held = False
+        """Gathered, or being gathered."""
+        self.pending: Pending | None = None
+        self.users = 0
+        """Forwards and backwards that need the parameters now."""
+        self.backwards = 0
+        self.visits: list[Visit] = []
+        """Forwards that run now, the innermost last."""
+
+    def seat(self) -> None:
+        """Take views of the slot, once its size is settled."""
+        assert self.slot.buffer is not None
+        self.flat = self.slot.buffer[: self.unit.layout.size]
+        data = [(member.parameter, member.view(self.flat)) for member in self.unit.layout.members]
+        empty = [nothing(member.shape, self.flat.dtype, self.flat.device) for member in self.unit.layout.members]
+        self._views = data
+        self._empty = [(parameter, none) for (parameter, _), none in zip(data, empty, strict=True)]
+
+    def show(self) -> None:
+        for parameter, view in self._views:
+            parameter.data = view
+
+    def hide(self) -> None:
+        for parameter, none in self._empty:
+            parameter.data = none
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One forward of a module, until its backward is over."""
+
+    seat: Seat
+    inputs: int = 0
+    """Inputs whose gradient has not come yet."""
+    counted: bool = False
+    """Whether it has inputs that tell when its backward is over."""
+    opened: bool = False
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class Order:
+    """Seats in the order in which the first forward used them."""
+
+    seats: list[Seat] = field(default_factory=list)
+    learning: bool = True
+
+    def beside(self, seat: Seat, ahead: int, step: int) -> Iterator[Seat]:
+        """The next ``ahead`` seats in forward (``step`` 1) or backward (-1)."""
+        if seat in self.seats:
+            at = self.seats.index(seat)
+            for distance in range(1, ahead + 1):
+                place = at + step * distance
+                if 0 <= place < len(self.seats):
+                    yield self.seats[place]
+
+
+class Gatherer:
+    """Gathers and frees the parameters of all units of a model around the forwards and backwards of its modules."""
+
+    def __init__(self, units: Sequence[Unit], grid: Grid, *, reshard: bool, prefetch: int) -> None:
+        self._grid, self._reshard, self._prefetch = grid, reshard, prefetch
+        self._seats = self._place(units)
+        self._by_unit = {seat.unit: seat for seat in self._seats}
+        self._order = Order()
+        self._kept: set[Seat] = set()
+        self._left: list[Seat] = []
+        self._open: list[Visit] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for module, seats in self._modules().items():
+            self._watch(module, seats)
+
+    def _place(self, units: Sequence[Unit]) -> list[Seat]:
+        """Units at one depth alternate between slots; those that others run inside have one of their own."""
+        count = max(2, self._prefetch + 1)
+        slots: dict[object, Slot] = {}
+        counters: dict[object, int] = {}
+        seats = []
+        for unit in units:
+            kind = (unit.group.depth, unit.trains)
+            if unit.group.encloses or not self._reshard:
+                key: object = unit
+            else:
+                counters[kind] = counters.get(kind, -1) + 1
+                key = (*kind, counters[kind] % count)
+            seats.append(Seat(unit, slots.setdefault(key, Slot())))
+        for slot in slots.values():
+            like = units[0].master
+            slot.buffer = torch.zeros(slot.size, dtype=units[0].shard.dtype, device=like.device)  # type: ignore[union-attr]
+        for seat in seats:
+            seat.seat()
+        return seats
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all slots."""
+        slots = {id(seat.slot): seat.slot.buffer for seat in self._seats}
+        return sum(buffer.numel() * buffer.element_size() for buffer in slots.values() if buffer is not None)
+
+    def _modules(self) -> dict[Module, list[Seat]]:
+        found: dict[Module, list[Seat]] = {}
+        for seat in self._seats:
+            for module in seat.unit.modules:
+                found.setdefault(module, []).append(seat)
+        return found
+
+    def _watch(self, module: Module, seats: list[Seat]) -> None:
+        def before(_: Module, arguments: Any, named: Any) -> None:
+            for seat in seats:
+                self._enter(seat, (arguments, named))
+
+        def after(_: Module, __: Any, output: Any) -> None:
+            for seat in seats:
+                self._leave(seat, output)
+
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after))
+
+    def _enter(self, seat: Seat, inputs: Any) -> None:
+        visit = Visit(seat)
+        seat.visits.append(visit)
+        self.gather(seat)
+        seat.users += 1
+        if seat.backwards:  # recomputation inside a backward, which has its own hooks already
+            return
+        learning = self._order.learning and torch.is_grad_enabled()
+        if learning and seat not in self._order.seats:
+            self._order.seats.append(seat)
+        if not self._order.learning:
+            self._fetch_beside(seat, 1)
+        if torch.is_grad_enabled():
+            for tensor in _tensors(inputs):
+                if tensor.requires_grad:
+                    visit.inputs += 1
+                    visit.counted = True
+                    tensor.register_hook(self._arrived(visit))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, visit: Visit) -> Callable[[Tensor], None]:
+        def arrived(_: Tensor) -> None:
+            visit.inputs -= 1
+            if not visit.inputs:
+                self._close(visit)
+
+        return arrived
+
+    def _leave(self, seat: Seat, output: Any) -> None:
+        seat.users -= 1
+        visit = seat.visits.pop()
+        if seat.backwards:
+            return
+        if torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._opens(visit))  # type: ignore[no-untyped-call]
+            if self._order.learning:
+                self._left.append(seat)
+            if not self._reshard or seat in self._kept:
+                return
+        if not seat.users:
+            self.free(seat)
+
+    def _opens(self, visit: Visit) -> Callable[[Tensor], None]:
+        def opens(_: Tensor) -> None:
+            if visit.opened:
+                return
+            visit.opened = True
+            self._learned()
+            seat = visit.seat
+            self.gather(seat)
+            seat.users += 1
+            seat.backwards += 1
+            self._open.append(visit)
+            self._fetch_beside(seat, -1)
+
+        return opens
+
+    def _learned(self) -> None:
+        """The first backward begins: the order is known, and what was used last is kept from now on."""
+        if self._order.learning:
+            self._order.learning = False
+            inner = [seat for seat in self._left if not seat.unit.group.encloses]
+            around = [seat for seat in self._left if seat.unit.group.encloses and not seat.unit.group.depth]
+            self._kept = {*inner[-1:], *around}
+            self._left = []
+
+    def _close(self, visit: Visit) -> None:
+        if visit.closed or not visit.opened:
+            return
+        visit.closed = True
+        self._open.remove(visit)
+        seat = visit.seat
+        seat.users -= 1
+        seat.backwards -= 1
+        if not seat.users:
+            self.free(seat)
+
+    def _fetch_beside(self, seat: Seat, step: int) -> None:
+        for other in self._order.beside(seat, self._prefetch, step):
+            if not other.held:
+                self._fetch(other)
+
+    def _fetch(self, seat: Seat) -> bool:
+        """Start to gather; False when another unit needs the slot now."""
+        occupant = seat.slot.owner
+        if occupant is not None and occupant is not seat and occupant.held:
+            if occupant.users or occupant.pending is not None:
+                return False
+            self.free(occupant)
+        seat.slot.owner, seat.held = seat, True
+        assert seat.flat is not None and seat.unit.shard is not None
+        if self._grid.inner is None:
+            seat.flat.copy_(seat.unit.shard)
+        else:
+            seat.pending = self._grid.inner.all_gather(seat.flat, seat.unit.shard, "gather")
+        return True
+
+    def gather(self, seat: Seat) -> None:
+        """Return when the parameters can be used.
+
+        Raises:
+            RuntimeError: another unit that is in use has the same buffer.
+        """
+        if not seat.held:
+            occupant = seat.slot.owner
+            if occupant is not None and occupant.pending is not None and not occupant.users:
+                self._arrive(occupant)  # it was fetched ahead and is not needed yet
+            if not self._fetch(seat):
+                other = "another unit" if occupant is None else f"'{occupant.unit.name}'"
+                raise RuntimeError(
+                    f"'{seat.unit.name or 'the model'}' is needed while {other} still is, and both use one buffer: the "
+                    "modules do not run one after the other. Set plugins.zero.reshard_after_forward=false, or "
+                    "plugins.zero.provider=torch"
+                )
+        self._arrive(seat)
+
+    def _arrive(self, seat: Seat) -> None:
+        if seat.pending is not None:
+            seat.pending.wait()
+            seat.pending = None
+        seat.show()
+
+    def free(self, seat: Seat) -> None:
+        """Let go of the parameters."""
+        if seat.pending is not None:
+            seat.pending.wait()
+            seat.pending = None
+        if seat.held:
+            seat.held = False
+            seat.hide()
+
+    def completed(self, unit: Unit) -> None:
+        """All gradients of ``unit`` have come: backwards that no input tells the end of are over."""
+        for visit in [each for each in self._open if each.seat.unit is unit and not each.counted]:
+            self._close(visit)
+
+    def end_backward(self) -> None:
+        """Backward is over for everything."""
+        for visit in list(self._open):
+            self._close(visit)
+
+    def forget(self) -> None:
+        """Free everything: the parameters have changed, or are about to."""
+        for seat in self._seats:
+            self.free(seat)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)

@@ -1,0 +1,177 @@
+"""The native provider: flat buffers, built in ``materialize`` and run by the hooks of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch.nn import Module
+
+from camshaft.models.init import materialize
+from camshaft.parts import Part
+from camshaft_zero.gatherer import Gatherer
+from camshaft_zero.grid import Grid
+from camshaft_zero.publisher import Publisher
+from camshaft_zero.reducer import Reducer
+from camshaft_zero.storage import Unit, give_storage, give_values, make_parts, publish
+from camshaft_zero.units import Group, Named, buckets, by_module, owners
+
+if TYPE_CHECKING:
+    from camshaft.state import State, World
+    from camshaft_zero.options import Options
+    from camshaft_zero.placement import Placement
+
+WHOLE_AT_END = 2**30
+"""Bytes up to which divided parameters are put together on every rank when a run has finished, to sample from."""
+
+
+class Storage:
+    """Everything that the plugin keeps in a run."""
+
+    def __init__(self, options: Options, placement: Placement, world: World, model: Module, plugin: str) -> None:
+        self._options, self._placement, self._world = options, placement, world
+        self.grid = Grid(world, placement, plugin)
+        self.divided = placement.parameters and self.grid.inner is not None
+        self._owners = owners(model)
+        self.units = self._make_units(model)
+        self._trained = [unit for unit in self.units if unit.trains]
+        self._names: set[str] = set()
+        self._reducer: Reducer | None = None
+        self._gatherer: Gatherer | None = None
+        self._publisher: Publisher | None = None
+        self._held: list[tuple[Part, Unit, int]] = []
+
+    def _make_units(self, model: Module) -> list[Unit]:
+        world = self._world
+        named: list[Named] = [(name, p, world.roles[name]) for name, p in model.named_parameters() if p.numel()]
+        trained = [each for each in named if each[1].requires_grad]
+        size = world.policy.param.itemsize
+        groups: list[Group] = []
+        if self.divided:
+            least = int(self._options.unit_size_mb * 2**20 / size)
+            for members in (trained, [each for each in named if not each[1].requires_grad]):
+                groups += by_module(model, members, self._options.units, least) if members else []
+        else:
+            groups = buckets(trained, int(self._options.bucket_size_mb * 2**20 / size), self._owners)
+        return [Unit(index, group, self.grid, world, self.divided) for index, group in enumerate(groups)]
+
+    def materialize(self, model: Module) -> None:
+        """First values: this rank makes what it updates, the rest comes from the ranks that have it."""
+        world = self._world
+        inside = {member.name for unit in self.units for member in unit.layout.members}
+        rest = {name for name, _ in model.named_parameters()} - inside
+        materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.param, only=rest)
+        give_values(model, self.units, world.recipe.seed)
+        give_storage(self.units, world.device)
+        publish(self.units, "materialize")
+        world.parts, world.stored = make_parts(self.units, self.grid)
+        world.readable = not self.divided
+
+    def bind(self, state: State) -> None:
+        """Put hooks on parameters and modules."""
+        options = self._options
+        each = self._placement.gradients and options.reduce != "last"
+        self._reducer = Reducer(state, self.grid, self._trained, each=each, overlap=options.overlap)
+        if self.divided:
+            prefetch = options.prefetch if options.overlap else 0
+            self._gatherer = Gatherer(self.units, self.grid, reshard=options.reshard_after_forward, prefetch=prefetch)
+            self._reducer.completed = self._gatherer.completed
+        else:
+            in_order = sorted(self._trained, key=lambda unit: -unit.index)  # buckets were made in backward's order
+            self._publisher = Publisher(in_order, self.grid, options.overlap)
+        self._hold(state)
+
+    def _hold(self, state: State) -> None:
+        """Find for each part the unit whose master values it is a view of, and where."""
+        units: dict[int, list[Unit]] = {}
+        for unit in self._trained:
+            units.setdefault(unit.master.untyped_storage().data_ptr(), []).append(unit)
+        self._held = []
+        for part in state.world.parts:
+            if not part.pieces:
+                continue
+            at = part.tensor.storage_offset()
+            for unit in units[part.tensor.untyped_storage().data_ptr()]:
+                begin = at - unit.master.storage_offset()
+                if 0 <= begin < unit.master.numel():
+                    self._held.append((part, unit, begin))
+        self._where = {unit: index for index, unit in enumerate(self._trained)}
+
+    def before_forward(self) -> None:
+        """Wait for what no module waits for."""
+        if self._publisher is not None:
+            self._publisher.before_forward()
+
+    def end_backward(self) -> None:
+        """After the backward of a microbatch."""
+        assert self._reducer is not None
+        self._reducer.end_backward()
+        if self._gatherer is not None:
+            self._gatherer.end_backward()
+
+    def reduce(self, state: State) -> None:
+        """Finish all sums, and give each part its gradient; parameters that nobody used have none."""
+        assert self._reducer is not None
+        if self._publisher is not None:
+            self._publisher.learn(self._usage)
+        unused = self._reducer.finish()
+        if unused:
+            state.world.parts.isolate(unused, state.optimizer)
+            self._hold(state)
+        gradients = {unit: self._reducer.gradient(self._where[unit]) for unit in self._trained}
+        for part, unit, begin in self._held:
+            idle = bool(unused) and all(piece.name in unused for piece in part.pieces)
+            stretch = gradients[unit][begin : begin + part.tensor.numel()]
+            part.tensor.grad = None if idle else stretch
+
+    def _usage(self, unit: Unit) -> Sequence[tuple[Sequence[Module], bool]]:
+        assert self._reducer is not None
+        used = self._reducer.used(self._where[unit])
+        return [(self._owners[member.parameter], had) for member, had in zip(unit.layout.members, used, strict=True)]
+
+    def release(self, state: State) -> None:
+        """Drop all gradients."""
+        assert self._reducer is not None
+        for part in state.world.parts:
+            part.tensor.grad = None
+        self._reducer.release()
+
+    def publish(self) -> None:
+        """After the optimizer: every copy follows, now or while the next forward runs."""
+        if self._publisher is not None:
+            self._publisher.start()
+        else:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Make everything follow from the master values, and wait for it."""
+        self.settle()
+        if self._gatherer is not None:
+            self._gatherer.forget()
+        publish(self.units, "step")
+
+    def settle(self) -> None:
+        """Wait until every parameter that is not divided can be read."""
+        if self._publisher is not None:
+            self._publisher.settle()
+
+    def close(self, finished: bool) -> None:
+        """Remove all hooks; after a run that finished, put a model that is not too large together again."""
+        for each in (self._reducer, self._publisher):
+            if each is not None:
+                each.close()
+        if self._gatherer is not None:
+            self._gatherer.forget()
+            self._gatherer.close()
+            size = sum(unit.layout.size * unit.shard.element_size() for unit in self.units if unit.shard is not None)
+            if finished and size <= WHOLE_AT_END:
+                self._put_together()
+
+    def _put_together(self) -> None:
+        for unit in self.units:
+            assert self.grid.inner is not None and unit.shard is not None
+            full = unit.shard.new_empty(unit.layout.size)
+            self.grid.inner.all_gather(full, unit.shard, "close").wait()
+            for member in unit.layout.members:
+                member.parameter.data = member.view(full)
+        self._world.readable = True

@@ -1,0 +1,100 @@
+"""Stages 1 and 2: updated parameters travel bucket by bucket while the next forward already runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from camshaft_zero.grid import Grid
+from camshaft_zero.storage import Unit, publish
+
+
+class Publisher:
+    """Starts the gathers of all units after a step, and lets each module wait for its own parameters.
+
+    A parameter that is used without a call of the module that holds it (seen in the first window by its gradient) makes
+    its unit one that every forward waits for at its start.
+    """
+
+    def __init__(self, units: Sequence[Unit], grid: Grid, overlap: bool) -> None:
+        self._units = list(units)
+        self._overlap = overlap and not grid.alone
+        self._eager: list[Unit] = []
+        self._called: set[Module] = set()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._learning = True
+        if self._overlap:
+            self._watch()
+
+    def _watch(self) -> None:
+        waiting: dict[Module, list[Unit]] = {}
+        for unit in self._units:
+            for module in unit.modules:
+                waiting.setdefault(module, []).append(unit)
+        for module, units in waiting.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(module, tuple(units))))
+
+    def _hook(self, module: Module, units: tuple[Unit, ...]) -> Callable[..., None]:
+        called = self._called
+
+        def arrive(_: Module, __: Any) -> None:
+            if self._learning:
+                called.add(module)
+            for unit in units:
+                if unit.pending is not None:
+                    unit.pending.wait()
+                    unit.pending = None
+
+        return arrive
+
+    def learn(self, used: Callable[[Unit], Sequence[tuple[Sequence[Module], bool]]]) -> None:
+        """After the first window: which units cannot rely on their modules being called.
+
+        ``used`` gives, for each parameter of a unit, the modules that hold it and whether it had a gradient.
+        """
+        if not self._learning:
+            return
+        self._learning = False
+        self._eager = [
+            unit
+            for unit in self._units
+            if any(had and not any(holder in self._called for holder in holders) for holders, had in used(unit))
+        ]
+        self._called.clear()
+
+    def start(self) -> None:
+        """After the optimizer: begin to send what changed, in the order in which forward needs it."""
+        if not self._overlap:
+            publish(self._units, "step")
+            return
+        for unit in self._units:
+            unit.narrow_down()
+        for pending in [unit.collect_slices("step") for unit in self._units]:
+            if pending is not None:
+                pending.wait()
+        for unit in self._units:
+            unit.pending = unit.collect_stretches("step")
+
+    def before_forward(self) -> None:
+        """Wait for the units that no module waits for."""
+        self._wait(self._eager)
+
+    def settle(self) -> None:
+        """Wait for everything."""
+        self._wait(self._units)
+
+    def _wait(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            if unit.pending is not None:
+                unit.pending.wait()
+                unit.pending = None
+
+    def close(self) -> None:
+        """Wait for everything and remove every hook."""
+        self.settle()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,308 @@
+"""Gradients: collected in a flat buffer a unit, summed over the data ranks while backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from camshaft.comm import Pending
+from camshaft.state import State
+from camshaft_zero.grid import Grid
+from camshaft_zero.layout import Member
+from camshaft_zero.pool import Pool
+from camshaft_zero.storage import Unit
+
+AT_ONCE = 1 << 14
+"""Elements from which a gradient is copied as soon as it is there, while it is in the processor's cache."""
+
+
+class Filling:
+    """A unit's gradients of the backward that runs, or of the window.
+
+    ``buffer`` [layout.size] in the param dtype; None while nothing has been written (then it is taken from the pool).
+    """
+
+    def __init__(self, unit: Unit, buffer: Tensor | None) -> None:
+        self.unit, self.buffer = unit, buffer
+        self.views: tuple[Tensor, ...] = () if buffer is None else self.views_of(buffer)
+        self._known: dict[int, tuple[Tensor, ...]] = {}
+        self.ready = 0
+        self.expected = len(unit.layout.members)
+        self.complete = False
+        self.fresh = [False] * self.expected
+        """Whether the buffer holds this microbatch's (this window's) gradient of each member."""
+        self.used = [False] * self.expected
+        """Whether this rank had a gradient of each member in this window."""
+        self.total: Tensor | None = None
+        """This rank's stretch of the sum; None until the first sum of the window is there."""
+
+    def views_of(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        return tuple(member.view(buffer) for member in self.unit.layout.members)
+
+    def take(self, pool: Pool) -> None:
+        """Get a buffer that this microbatch's gradients can be written to."""
+        self.buffer = buffer = pool.take()
+        flat = buffer[: self.unit.layout.size]
+        if buffer.data_ptr() not in self._known:
+            self._known[buffer.data_ptr()] = self.views_of(flat)
+        self.views = self._known[buffer.data_ptr()]
+
+    def source(self) -> Tensor:
+        """The whole buffer with zeros where there is no gradient."""
+        assert self.buffer is not None
+        flat = self.buffer[: self.unit.layout.size]
+        for begin, end in self.unit.layout.gaps:
+            flat[begin:end].zero_()
+        for view, fresh in zip(self.views, self.fresh, strict=True):
+            if not fresh:
+                view.zero_()
+        return flat
+
+
+class Reducer:
+    """Sums gradients over the ranks, and gives each part the gradient of what it holds.
+
+    With ``each`` a unit's gradients are summed after every microbatch and only this rank's stretch is kept; otherwise the
+    full gradients stay until the window's last backward. Sums start in one order on all ranks, whatever each rank used.
+    """
+
+    def __init__(self, state: State, grid: Grid, units: Sequence[Unit], *, each: bool, overlap: bool) -> None:
+        self._state, self._grid, self._policy = state, grid, state.world.policy
+        self._each, self._overlap = each and not grid.alone, overlap
+        self._fillings = [Filling(unit, None if self._each else self._buffer(unit.layout.size)) for unit in units]
+        self._order = list(self._fillings)
+        self._seen: list[Filling] | None = []
+        self._next = 0
+        self._started: list[tuple[Filling, Pending | None, Tensor, Tensor | None]] = []
+        self._pool = Pool(max((unit.layout.size for unit in units), default=0), self._buffer, self._settle_oldest)
+        self._flags: Tensor | None = None
+        self._flags_pending: Pending | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._batched: list[tuple[Filling, int, Member]] = []
+        self.completed: Callable[[Unit], None] = lambda unit: None
+        """Told when all gradients of a unit have come."""
+        for filling in self._fillings:
+            for index, member in enumerate(filling.unit.layout.members):
+                self._watch(filling, index, member)
+
+    def _buffer(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=self._policy.param, device=self._state.world.device)
+
+    def _watch(self, filling: Filling, index: int, member: Member) -> None:
+        on_host = self._state.world.device.type == "cpu"
+        if self._grid.alone and not (on_host and member.size >= AT_ONCE):
+            self._batched.append((filling, index, member))
+            return
+        hook = self._hook(filling, index, member)
+        self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _hook(self, filling: Filling, index: int, member: Member) -> Callable[[Tensor], None]:
+        alone, each = self._grid.alone, self._each
+
+        def ready(parameter: Tensor) -> None:
+            if each:
+                if filling.buffer is None:
+                    filling.take(self._pool)
+                filling.views[index].copy_(parameter.grad)  # type: ignore[arg-type]  # it was just accumulated
+                parameter.grad = None
+            elif parameter.grad is not filling.views[index]:
+                filling.views[index].copy_(parameter.grad)  # type: ignore[arg-type]
+                parameter.grad = filling.views[index]
+            filling.fresh[index] = filling.used[index] = True
+            if alone:
+                return
+            filling.ready += 1
+            if filling.ready > filling.expected:
+                raise self._twice(member.name)
+            if filling.ready == filling.expected:
+                self._complete(filling)
+
+        return ready
+
+    def _twice(self, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"the gradient of '{name}' came after its unit was full: backward made some gradient twice, as reentrant "
+            "activation checkpointing does with a shared parameter; use use_reentrant=False"
+        )
+
+    def _complete(self, filling: Filling) -> None:
+        if self._seen is not None:
+            self._seen.append(filling)
+        self.completed(filling.unit)
+        if self._each or self._state.final_backward:
+            filling.complete = True
+            if self._overlap or self._each:
+                while self._next < len(self._order) and self._order[self._next].complete:
+                    self._start(self._order[self._next])
+                    self._next += 1
+                    if not self._overlap:
+                        self._settle_oldest()
+
+    def _start(self, filling: Filling) -> None:
+        """Begin the sum of one unit over the ranks that divide it."""
+        if filling.buffer is None:
+            filling.take(self._pool)
+        source, unit, borrowed = filling.source(), filling.unit, None
+        if self._each:  # the next microbatch may fill this unit before the sum is there
+            borrowed, filling.buffer = filling.buffer, None
+        if source.dtype != self._policy.reduce and not self._grid.alone:
+            source = source.to(self._policy.reduce)
+        begin, end = self._grid.stretch(unit.layout.size)
+        chunk, pending = source[begin:end], None
+        if self._grid.inner is not None:
+            pending = self._grid.inner.reduce_scatter(chunk, source, "reduce")
+        self._started.append((filling, pending, chunk, borrowed))
+
+    def _settle_oldest(self) -> bool:
+        """Wait for the oldest sum and put its buffer back; False when none is under way."""
+        if not self._started:
+            return False
+        filling, pending, chunk, borrowed = self._started.pop(0)
+        if pending is not None:
+            pending.wait()
+        if borrowed is None:
+            filling.total = chunk
+        elif filling.total is None:
+            filling.total = chunk.to(self._policy.kept, copy=True)
+        else:
+            filling.total += chunk
+        if borrowed is not None:
+            self._pool.give(borrowed)
+        return True
+
+    def end_backward(self) -> None:
+        """After each backward: take what no hook took, and with ``each`` sum the units that did not fill up."""
+        self._take_batched()
+        if self._each:
+            self._start_rest()
+        for filling in self._fillings:
+            filling.ready = 0
+            if self._each:
+                filling.complete = False
+                filling.fresh = [False] * filling.expected
+        if self._each:
+            self._next = 0
+        if self._state.final_backward:
+            self._start_flags()
+
+    def _take_batched(self) -> None:
+        views, fresh = [], []
+        for filling, index, member in self._batched:
+            gradient = member.parameter.grad
+            if gradient is not None and gradient is not filling.views[index]:
+                views.append(filling.views[index])
+                fresh.append(gradient)
+                member.parameter.grad = filling.views[index]
+                filling.fresh[index] = filling.used[index] = True
+        if fresh:
+            torch._foreach_copy_(views, fresh)
+
+    def _start_rest(self) -> None:
+        for filling in self._order[self._next :]:
+            self._start(filling)
+        self._next = len(self._order)
+
+    def _start_flags(self) -> None:
+        """Begin to ask whether a parameter that this rank did not use was used by another."""
+        if self._grid.everyone is None:
+            return
+        flags = [int(used) for filling in self._fillings for used in filling.used]
+        self._flags = torch.tensor(flags, dtype=torch.int32, device=self._state.world.device)
+        self._flags_pending = self._grid.everyone.all_reduce(self._flags, "reduce", op="max")
+
+    def finish(self) -> set[str]:
+        """Wait until every sum is there; names of parameters that no rank used in this window."""
+        if not self._each:
+            self._start_rest()
+        while self._settle_oldest():
+            pass
+        self._sum_copies()
+        return self._unused()
+
+    def _sum_copies(self) -> None:
+        """Sum each stretch over the ranks that hold copies of it."""
+        outer = self._grid.outer
+        if outer is None:
+            return
+        under_way = []
+        for filling in self._fillings:
+            assert filling.total is not None
+            wide = filling.total.to(self._policy.reduce)
+            if self._grid.divided:
+                size = wide.numel() // self._grid.slices
+                own = wide[self._grid.slice * size : (self._grid.slice + 1) * size]
+                under_way.append((filling, outer.reduce_scatter(own, wide, "reduce"), own))
+            else:
+                under_way.append((filling, outer.all_reduce(wide, "reduce"), wide))
+        for filling, pending, result in under_way:
+            pending.wait()
+            filling.total = result
+
+    def _unused(self) -> set[str]:
+        local = [
+            (member.name, used)
+            for filling in self._fillings
+            for member, used in zip(filling.unit.layout.members, filling.used, strict=True)
+        ]
+        if self._flags_pending is not None:
+            self._flags_pending.wait()
+            self._flags_pending = None
+        missing = [index for index, (_, used) in enumerate(local) if not used]
+        if not missing:
+            return set()
+        if self._flags is None:
+            return {local[index][0] for index in missing}
+        # Reading the flags waits for the device; only a parameter without a local gradient pays for it.
+        found = self._flags.tolist()
+        return {local[index][0] for index in missing if not found[index]}
+
+    def used(self, index: int) -> list[bool]:
+        """Whether this rank had a gradient of each member of a unit in this window."""
+        return self._fillings[index].used
+
+    def gradient(self, index: int) -> Tensor:
+        """What was summed for the master values of a unit, in the master dtype; [end - begin] elements."""
+        filling = self._fillings[index]
+        assert filling.total is not None
+        kept = filling.total
+        if kept.dtype != self._policy.kept:
+            kept = self._keep(filling, kept)
+        filling.total = kept
+        return kept if kept.dtype == filling.unit.master.dtype else kept.to(filling.unit.master.dtype)
+
+    def _keep(self, filling: Filling, total: Tensor) -> Tensor:
+        """Round the sum to the dtype that it is kept in, into the buffer's own stretch where that has the dtype."""
+        buffer, unit = filling.buffer, filling.unit
+        if buffer is None or buffer.dtype != self._policy.kept:
+            return total.to(self._policy.kept)
+        return buffer[unit.begin : unit.end].copy_(total)
+
+    def release(self) -> None:
+        """Drop all gradients; after the first window let every rank start sums in the first rank's order of backward."""
+        self._next = 0
+        for filling in self._fillings:
+            filling.total, filling.complete = None, False
+            filling.fresh, filling.used = [False] * filling.expected, [False] * filling.expected
+            for member in filling.unit.layout.members:
+                member.parameter.grad = None
+        if self._seen is not None:
+            self._agree_on_order(self._seen)
+
+    def _agree_on_order(self, seen: Sequence[Filling]) -> None:
+        self._seen = None
+        if self._grid.everyone is None:
+            return
+        order = list(dict.fromkeys([*seen, *self._fillings]))
+        indexes = torch.tensor(
+            [self._fillings.index(filling) for filling in order], dtype=torch.int64, device=self._state.world.device
+        )
+        self._grid.everyone.broadcast(indexes, 0, "release").wait()
+        self._order = [self._fillings[index] for index in indexes.tolist()]
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
