@@ -204,5 +204,5 @@ def _part(name: str, role: str, parameter: Parameter) -> Part:
 def _local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor as a 1-D view."""
     assert isinstance(tensor, DTensor)
-    local: Tensor = tensor.to_local()  # type: ignore[no-untyped-call]
+    local: Tensor = tensor.to_local()
     return local.detach().view(-1)
