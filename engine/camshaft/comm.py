@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -75,10 +76,12 @@ def starting() -> bool:
 class Pending:
     """A collective under way. It must be waited for, also when its result is of no use any more."""
 
-    __slots__ = ("_finish", "_works")
+    __slots__ = ("_finish", "_timeout", "_works")
 
-    def __init__(self, works: Sequence[Work], finish: Callable[[], None] | None = None) -> None:
-        self._works, self._finish = works, finish
+    def __init__(
+        self, works: Sequence[Work], finish: Callable[[], None] | None = None, timeout: timedelta | None = None
+    ) -> None:
+        self._works, self._finish, self._timeout = works, finish, timeout
 
     def wait(self) -> None:
         """Return when the result is there (for the device's current stream); may be called again.
@@ -87,7 +90,10 @@ class Pending:
             RuntimeError: a peer is gone, or did not come within the group's time-out.
         """
         for work in self._works:
-            work.wait()
+            if self._timeout is None:  # nccl would wait on the host if it got one
+                work.wait()
+            else:
+                work.wait(self._timeout)
         self._works = ()
         if self._finish is not None:
             finish, self._finish = self._finish, None
@@ -112,8 +118,9 @@ class Channel:
     observer: Observer | None = None
     """Told of every call of every channel; set by the ledger."""
 
-    def __init__(self, group: ProcessGroup, plugin: str, axis: str) -> None:
-        self.group, self.plugin, self.axis = group, plugin, axis
+    def __init__(self, group: ProcessGroup, plugin: str, axis: str, timeout: timedelta | None = None) -> None:
+        """``timeout``: of a message; that of the group when it was made if None, whatever the group got later."""
+        self.group, self.plugin, self.axis, self._timeout = group, plugin, axis, timeout
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self._scratch = Scratch()
 
@@ -191,7 +198,7 @@ class Channel:
             add_in_order(output.detach().view(-1), parts)
             self._scratch.give(buffer)
 
-        return Pending(works, add)
+        return Pending(works, add, self._timeout)
 
     def _all_gather(self, output: Tensor, source: Tensor) -> Pending:
         if self.size == 1:
@@ -205,7 +212,7 @@ class Channel:
         flat = source.detach().view(-1)
         works = exchange(self.group, self.rank, stretches, (flat,) * self.size)
         _copied(stretches[self.rank], flat)  # while the messages travel
-        return Pending(works)
+        return Pending(works, None, self._timeout)
 
     def _all_to_all(self, outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Pending:
         sample = next(iter((*outputs, *sources)), None)
@@ -217,7 +224,7 @@ class Channel:
             return Pending((dist.all_to_all(list(outputs), list(sources), group=self.group, async_op=True),))
         works = exchange(self.group, self.rank, outputs, sources)
         _copied(outputs[self.rank], sources[self.rank])
-        return Pending(works)
+        return Pending(works, None, self._timeout)
 
     def _broadcast(self, tensor: Tensor, source: int) -> Pending:
         if self.size == 1:

@@ -181,8 +181,9 @@ class Mesh:
         rank: int,
         device_mesh: DeviceMesh | None,
         joined: Mapping[str, ProcessGroup] | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
-        self.shape, self.rank, self.device_mesh = shape, rank, device_mesh
+        self.shape, self.rank, self.device_mesh, self._timeout = shape, rank, device_mesh, timeout
         self.place = shape.coordinates(rank)
         self._joined = dict(joined or {})
 
@@ -201,7 +202,7 @@ class Mesh:
         names = tuple(axis.name for axis in shape.axes)
         timeout = timedelta(seconds=timeout_s)
         joined = {name: _join(shape, rank, name, timeout) for name in shape.names[len(names) :]}
-        mesh = cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names), joined)
+        mesh = cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names), joined, timeout)
         for name in names:  # groups of a part of the ranks do not take over the default group's (gloo: 30 minutes)
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.group(name))
         return mesh
@@ -214,7 +215,7 @@ class Mesh:
         from camshaft.comm import Channel
 
         group = self.group(axis)
-        return None if group is None else Channel(group, plugin, axis)
+        return None if group is None else Channel(group, plugin, axis, self._timeout)
 
     def group(self, axis: str) -> ProcessGroup | None:
         """Process group of this rank's peers along ``axis``; ``None`` when there is one process in all."""
