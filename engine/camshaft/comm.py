@@ -24,6 +24,9 @@ from camshaft.comm_exchange import Scratch, add_in_order, exchange
 
 _SHARE: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda size: 2 * (size - 1) / size,
+    "all_to_all": lambda size: (size - 1) / size**2,
+    "gather": lambda size: (size - 1) / size**2,
+    "scatter": lambda size: (size - 1) / size**2,
     "send": lambda size: 1.0,
     "recv": lambda size: 0.0,
     "barrier": lambda size: 0.0,
@@ -33,9 +36,10 @@ _SHARE: dict[str, Callable[[int], float]] = {
 def sent(op: str, size: int, elements: int) -> float:
     """Elements that one of ``size`` ranks sends for ``op``, by the best algorithm: ring, or pairwise.
 
-    ``elements``: of the whole, that is all of what is reduced, gathered, scattered or broadcast. All-reduce:
-    2 (N-1)/N of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009); a message: all of it; every other
-    operation: (N-1)/N, for those with one source as the mean over ranks.
+    ``elements``: of the whole, that is all of what is reduced, gathered, scattered or broadcast, and for an all-to-all
+    what all ranks hold together. All-reduce: 2 (N-1)/N of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69,
+    2009); all-to-all: (N-1)/N of a rank's own part; a message: all of it; others: (N-1)/N. Of operations that not all
+    ranks take an equal part in it is the mean over ranks.
     """
     share = _SHARE.get(op)
     return elements * ((size - 1) / size if share is None else share(size))
