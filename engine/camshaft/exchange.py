@@ -91,8 +91,8 @@ class Exchange:
     """Brings the pieces of each parameter of ``names`` to its owner, and what the owner makes of them back.
 
     Owners are the same on every rank: ``cost`` (of a shape) is spread evenly, and where that leaves a choice the rank
-    that holds most of a parameter gets it. ``dtype`` is what travels, on ``device``. ``limit``: elements of whole parameters that a
-    rank owns in one round, or one larger parameter; None: all in one round.
+    that holds most of a parameter gets it. ``dtype`` is what travels, on ``device``. ``limit``: elements of whole
+    parameters that a rank owns in one round, or one larger parameter; None: all in one round.
 
     Collective: all ranks of ``parts.channel`` construct it, and run the same rounds in the same order. Traffic of a
     round, each way: what lies on another rank than its owner's.

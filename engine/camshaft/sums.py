@@ -18,8 +18,9 @@ from camshaft.parts import Part, Parts
 class ParameterSums:
     """Sums of squares over whole parameters: one all-reduce, whatever the number of parameters.
 
-    ``names`` are those of all parameters, in one order on all ranks; ``device`` is the parts'. Collective: all ranks of ``parts.channel`` must
-    construct it, and call it equally often. Traffic of a call: one fp64 number for each name and summand.
+    ``names`` are those of all parameters, in one order on all ranks; ``device`` is the parts'. Collective: all ranks of
+    ``parts.channel`` must construct it, and call it equally often. Traffic of a call: one fp64 number for each name and
+    summand.
 
     Raises:
         RecipeError: parameters are laid out in a way that pieces cannot express, or pieces are not disjoint.
