@@ -1,0 +1,89 @@
+"""The configuration that DeepSpeed is given, as data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from camshaft.state import BatchPlan, Policy
+
+if TYPE_CHECKING:
+    from camshaft_deepspeed.options import Options
+
+Config = dict[str, Any]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+ZERO_KEYS = {
+    "prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "persistence_threshold": "stage3_param_persistence_threshold",
+    "max_live_parameters": "stage3_max_live_parameters",
+    "max_reuse_distance": "stage3_max_reuse_distance",
+}
+"""Names in DeepSpeed, where they differ."""
+PLAIN = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size")
+
+
+def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, gpu: bool) -> Config:
+    """What ``deepspeed.initialize`` gets.
+
+    Gradients are summed, never averaged, because the engine has divided the loss already; stage 3 can only average,
+    and its loss is multiplied in return. Clipping and the learning rate stay with their plugins.
+    """
+    return {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_allreduce_op": "mean" if options.stage == 3 else "sum",
+        "gradient_clipping": 0.0,
+        "communication_data_type": _wire(policy),
+        "bf16": {"enabled": policy.param == torch.bfloat16 and options.stage > 0, "check_grad_overflow": False},
+        "data_types": {"grad_accum_dtype": NAMES[policy.kept] if options.stage > 0 else None},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero_section(options, gpu),
+        "timers": {"throughput": {"enabled": False}},
+    }
+
+
+def zero_section(options: Options, gpu: bool) -> Config:
+    """``zero_optimization``; what is absent is DeepSpeed's default."""
+    section: Config = {"stage": options.stage}
+    for name in (*PLAIN, *ZERO_KEYS, "sub_group_size"):
+        value = getattr(options, name)
+        if value is not None:
+            section[ZERO_KEYS.get(name, name)] = value
+    if options.stage == 3:
+        section["memory_efficient_linear"] = False  # it would replace torch's linear in the whole process
+    if options.stage in (1, 2) and options.offload_optimizer == "none":
+        section["compute_grad_norm"] = False  # `clip` does it
+    places = {"offload_optimizer": options.offload_optimizer, "offload_param": options.offload_parameters}
+    for name, place in places.items():
+        if place != "none":
+            pinned = gpu if options.pin_memory is None else options.pin_memory
+            section[name] = {"device": place, "pin_memory": pinned}
+            if place == "nvme":
+                section[name]["nvme_path"] = options.nvme_path
+    return section
+
+
+def _wire(policy: Policy) -> str:
+    """fp64 has no name in DeepSpeed's configuration; the driver sets it where it is possible."""
+    return NAMES[torch.float32 if policy.reduce == torch.float64 else policy.reduce]
+
+
+def effective(config: Config) -> Config:
+    """``config`` with DeepSpeed's own defaults filled in; DeepSpeed reads it back as the same configuration."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    section = DeepSpeedZeroConfig(**config["zero_optimization"]).model_dump(mode="json", by_alias=True)
+    return {**config, "zero_optimization": {key: value for key, value in section.items() if value is not None}}
+
+
+def write(config: Config, folder: Path) -> Path:
+    """Write the effective configuration to ``deepspeed.json`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(effective(config), indent=2) + "\n")
+    return path

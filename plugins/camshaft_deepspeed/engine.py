@@ -1,0 +1,75 @@
+"""DeepSpeed's engine in our loop: what surrounds each backward, and the step.
+
+``DeepSpeedEngine.backward`` is a prologue, autograd and an epilogue. Autograd is the core's here, so the prologue runs
+in a hook on the loss, and the epilogue after the backward. The window, not a counter, says which backward is the last.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from camshaft.state import State
+from camshaft_deepspeed.config import Config
+from camshaft_deepspeed.usage import Usage
+
+
+class Engine:
+    """What all stages have in common."""
+
+    usage: Usage
+
+    def __init__(self, state: State, optimizer: Optimizer, config: Config) -> None:
+        import deepspeed
+
+        self.state = state
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(logging.ERROR)  # it warns of every optimizer that it has not tested; `plan` has checked ours
+        engine, *_ = deepspeed.initialize(
+            model=state.model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        logger.setLevel(logging.WARNING)
+        engine._running_engine_backward = True  # prologue and epilogue are called here, not by autograd
+        self.engine: Any = engine
+
+    def watch(self, loss: Tensor) -> Tensor:
+        """Let the backward of ``loss`` begin with DeepSpeed's prologue."""
+        if loss.requires_grad:
+            loss.register_hook(self.begin_backward)  # type: ignore[no-untyped-call]
+        return loss
+
+    def begin_backward(self, gradient: Tensor) -> Tensor:
+        """Tell DeepSpeed whether this is the window's last backward; the gradient that goes into it is returned."""
+        self.engine.set_gradient_accumulation_boundary(self.state.final_backward)
+        self.usage.begin()
+        self.engine._backward_prologue()
+        return gradient
+
+    def end_backward(self) -> None:
+        """DeepSpeed's epilogue: what is in buckets still is reduced."""
+        self.engine._backward_epilogue()
+
+    def reduce(self) -> None:
+        """Show the reduced gradients in ``part.tensor.grad``; a parameter that nothing used has none."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """DeepSpeed's step: it calls the client's."""
+        self.engine.step()
+
+    def release(self) -> None:
+        """Drop gradients, and sums that DeepSpeed would go on adding to."""
+        raise NotImplementedError
+
+    def spread(self) -> None:
+        """Make parameters of master weights that were loaded."""
+
+    def close(self) -> None:
+        """Take every hook off the model, which keeps its weights."""
+        self.usage.close()
+        self.engine.destroy()
+        for handle in (self.engine.module_forward_pre_hook, self.engine.module_forward_post_hook):
+            handle.remove()

@@ -1,0 +1,118 @@
+"""Where DeepSpeed has put which elements of which parameter: its flat tensors as parts.
+
+A flat tensor of DeepSpeed's holds parameters of one group of the optimizer. It is seen here as one part for each run
+of parameters of one role, a view into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from camshaft.comm import Channel
+from camshaft.parts import Part, Parts, Piece
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flat:
+    """A flat tensor of this rank's master weights. ``group``: of the optimizer; ``pieces`` in the order of place."""
+
+    tensor: Tensor
+    group: int
+    pieces: tuple[Piece, ...]
+
+
+def names_of(model: Module) -> dict[Tensor, str]:
+    """First name of each parameter."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Of the whole parameter, also while stage 3 has it divided."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def first_parts(model: Module, roles: Mapping[str, str]) -> Parts:
+    """The model's own parameters, for the optimizer to be built over; DeepSpeed replaces them by flat tensors."""
+    return Parts(
+        Part(parameter, roles[name], (Piece(name, shape := whole_shape(parameter), 0, 0, torch.Size(shape).numel()),))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
+
+
+def flats(zero: Any, model: Module, stage: int) -> list[Flat]:
+    """Every flat tensor of DeepSpeed's optimizer ``zero``, in its own order."""
+    names = names_of(model)
+    if stage == 3:
+        return [_scattered(zero, number, names) for number in range(len(zero.fp16_groups))]
+    return [_cut(zero, number, names) for number in range(len(zero.optimizer.param_groups))]
+
+
+def _cut(zero: Any, number: int, names: Mapping[Tensor, str]) -> Flat:
+    """Stages 1 and 2: all parameters of a group side by side, cut into one equal stretch a rank."""
+    separate = hasattr(zero, "fp32_groups_flat_partition")  # the optimizer for bf16 with fp32 gradients
+    tensors = zero.fp32_groups_flat_partition if separate else zero.single_partition_of_fp32_groups
+    members = zero.bf16_groups[number] if separate else zero.round_robin_bit16_groups[number]
+    tensor: Tensor = tensors[number]
+    begin = dist.get_rank(zero.real_dp_process_group[number]) * tensor.numel()
+    pieces, place = [], 0
+    for parameter in members:
+        first, last = max(place, begin), min(place + parameter.numel(), begin + tensor.numel())
+        if first < last:
+            pieces.append(Piece(names[parameter], tuple(parameter.shape), first - place, first - begin, last - first))
+        place += parameter.numel()
+    return Flat(tensor, number, tuple(pieces))
+
+
+def _scattered(zero: Any, number: int, names: Mapping[Tensor, str]) -> Flat:
+    """Stage 3: each parameter cut into one equal stretch a rank, those of a group side by side."""
+    pieces, place = [], 0
+    for parameter in zero.fp16_groups[number]:
+        piece = _shard(parameter, names[parameter], place)
+        pieces += [piece] if piece.length else []
+        place += parameter.partition_numel()
+    return Flat(zero.fp32_partitioned_groups_flat[number], zero.sub_group_to_group_id[number], tuple(pieces))
+
+
+def _shard(parameter: Any, name: str, place: int) -> Piece:
+    size: int = parameter.partition_numel()
+    start = dist.get_rank(parameter.ds_process_group) * size
+    return Piece(name, whole_shape(parameter), start, place, max(0, min(size, parameter.ds_numel - start)))
+
+
+def parts_of(flat: Flat, roles: Mapping[str, str]) -> Iterator[Part]:
+    """Views of a flat tensor, one for each run of one role; padding belongs to the run before it."""
+    runs = [list(run) for _, run in groupby(flat.pieces, key=lambda piece: roles[piece.name])]
+    bounds = [0, *(run[0].place for run in runs[1:]), flat.tensor.numel()]
+    if not runs:
+        yield Part(Parameter(flat.tensor.data), "matrix", ())
+    for run, begin, end in zip(runs, bounds, bounds[1:], strict=False):
+        pieces = tuple(Piece(p.name, p.shape, p.start, p.place - begin, p.length) for p in run)
+        yield Part(Parameter(flat.tensor.data[begin:end]), roles[run[0].name], pieces)
+
+
+def stored_parts(model: Module, roles: Mapping[str, str], channel: Channel | None) -> Parts:
+    """Stage 3: this rank's stretch of each parameter that does not train."""
+    found = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and hasattr(parameter, "ds_tensor"):
+            piece = _shard(parameter, name, 0)
+            held = Parameter(parameter.ds_tensor.data, requires_grad=False)
+            found.append(Part(held, roles[name], (piece,) if piece.length else ()))
+    return Parts(found, channel)
+
+
+def zero_padding(flat: Flat) -> None:
+    """DeepSpeed leaves padding as the allocator had it."""
+    kept = torch.zeros(flat.tensor.numel(), dtype=torch.bool, device=flat.tensor.device)
+    for piece in flat.pieces:
+        kept[piece.place : piece.place + piece.length] = True
+    flat.tensor.data.masked_fill_(~kept, 0)

@@ -1,0 +1,123 @@
+"""What DeepSpeed keeps per process: set up for one run, and put back at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from camshaft.errors import MachineError, RecipeError
+from camshaft_deepspeed.options import fp16_problem, fp64_problem
+
+if TYPE_CHECKING:
+    from camshaft.state import Policy, World
+    from camshaft_deepspeed.options import Options
+
+KERNEL = "deepspeed_shm_comm"
+"""A C++ extension for collectives between processes of one machine, which DeepSpeed would compile on each start."""
+GLOBALS = ("_WORLD_GROUP", "mpu", "mesh_device", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
+
+
+class Runtime:
+    """DeepSpeed's module-level state and the environment that it reads, for one run in this process."""
+
+    def __init__(self, world: World) -> None:
+        self._undo = contextlib.ExitStack()
+        try:
+            self._group(world)
+            self._environment(world)
+            self._silence()
+            self._modules(world)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def close(self) -> None:
+        """Put everything back; may be called again."""
+        self._undo.close()
+
+    def _group(self, world: World) -> None:
+        """DeepSpeed wants a process group with one process too."""
+        if dist.is_initialized():
+            return
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not marked as re-exported
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        self._undo.callback(dist.destroy_process_group)
+
+    def _environment(self, world: World) -> None:
+        wanted = {"DS_ACCELERATOR": world.device.type, "LOCAL_RANK": str(world.device.index or 0)}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        for name, value in before.items():
+            self._undo.callback(_restore, os.environ, name, value)
+
+    def _silence(self) -> None:
+        """DeepSpeed's progress, and torch's advice on collectives that DeepSpeed calls by their old names."""
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        before = list(warnings.filters)
+        warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+. is deprecated", FutureWarning)
+        added = [entry for entry in warnings.filters if entry not in before]
+        self._undo.callback(_forget_filters, added)
+
+    def _modules(self, world: World) -> None:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        if get_accelerator().device_name() != world.device.type:
+            raise MachineError(
+                f"DeepSpeed was loaded for '{get_accelerator().device_name()}' in this process, and the run is on "
+                f"'{world.device.type}': set DS_ACCELERATOR={world.device.type}"
+            )
+        operations: dict[str, bool] = deepspeed.ops.__compatible_ops__
+        self._undo.callback(_restore, operations, KERNEL, operations.get(KERNEL))
+        operations[KERNEL] = False
+        for module, names in ((groups, GLOBALS), (comm, ("cdb",))):
+            for name in names:
+                self._undo.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, None)
+        # Else DeepSpeed clones the world, and the clone's collectives would wait for half an hour.
+        groups._WORLD_GROUP = world.mesh.group("dp") or dist.group.WORLD
+        deepspeed.init_distributed(dist_init_required=False)
+
+
+def _restore(target: Any, name: str, value: Any) -> None:
+    if value is None:
+        target.pop(name, None)
+    else:
+        target[name] = value
+
+
+def _forget_filters(added: list[Any]) -> None:
+    for entry in added:
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(entry)  # type: ignore[attr-defined]  # a list, typed as a sequence
+
+
+def check_machine(options: Options, policy: Policy, key: str) -> None:
+    """What only shows when the run is built: the dtypes, and the extension that reads and writes disks.
+
+    Raises:
+        RecipeError: a dtype that DeepSpeed does not have.
+        MachineError: the extension is not there and cannot be built.
+    """
+    if options.stage and policy.master == torch.float64:
+        raise RecipeError(fp64_problem(options.stage, key))
+    if options.stage and policy.param == torch.float16:
+        raise RecipeError(fp16_problem(options.stage, key))
+    if "nvme" in (options.offload_optimizer, options.offload_parameters):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise MachineError(
+                f"{key} offloads to nvme, for which DeepSpeed builds an extension over libaio, and cannot here: "
+                "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), a C++ compiler and ninja, or offload "
+                "to cpu"
+            )
