@@ -129,6 +129,7 @@ class Exchange:
             self._version, self._held = self._parts.version, fresh
         return [self._held[place] for place in current.places]
 
+    @torch.no_grad()
     def to_owners(self, current: Round, values: Sequence[Tensor], hook: str = "step") -> Arriving:
         """Start bringing ``values`` to the owners: 1-D, in the exchange's dtype, one for each of ``held(current)``.
 
@@ -150,6 +151,7 @@ class Exchange:
 
         return Arriving(shaped, self._all_to_all(outputs, sources, hook), unpack)
 
+    @torch.no_grad()
     def from_owners(self, current: Round, whole: Mapping[str, Tensor], hook: str = "step") -> Departing:
         """Start bringing ``whole`` (each parameter of the round that this rank owns) back to the pieces.
 

@@ -32,6 +32,7 @@ class ParameterSums:
         self._columns = {name: column for column, name in enumerate(names)}
         self._check_cover()
 
+    @torch.no_grad()
     def __call__(self, *values: Mapping[Part, Tensor]) -> Tensor:
         """Sums of squares, fp64 [len(values), number of names], equal in every bit on all ranks.
 
