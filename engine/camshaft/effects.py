@@ -59,7 +59,7 @@ def _without_effect(host: Host, name: str) -> str | None:
     if set(hooks) - LATER:
         return None
     only = f"only {', '.join(hooks)}" if hooks else "no hook"
-    return f"it implements {only}, and nothing that runs in a step"
+    return f"it implements {only}, and nothing that runs before the first step ends"
 
 
 def _hooks() -> list[str]:

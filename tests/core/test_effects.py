@@ -107,7 +107,10 @@ def test_a_plugin_without_a_hook_that_runs_is_named_with_reason_and_fix(resolved
     ((first, second),) = problems(resolved, {"nothing": Nothing(), "tells": OnlyTells(), "asked": Asked(None)})
     key, message, fix = first
     assert key == "plugins.nothing" and "plugins.nothing=null" in fix
-    assert message == "did nothing by the end of step 1: it implements no hook, and nothing that runs in a step"
+    assert (
+        message
+        == "did nothing by the end of step 1: it implements no hook, and nothing that runs before the first step ends"
+    )
     assert second[0] == "plugins.tells" and "it implements only plan, log, close" in second[1]
 
 

@@ -27,6 +27,9 @@ class Closes(Plugin):
         self.log, self.tag, self.error = log, tag, error
 
     @hookimpl
+    def inert(self): ...
+
+    @hookimpl
     def close(self, status):
         self.log.append((self.tag, status))
         if self.error is not None:
@@ -203,6 +206,9 @@ class LogsSteps(Plugin):
     def __init__(self):
         super().__init__()
         self.steps = []
+
+    @hookimpl
+    def inert(self): ...
 
     @hookimpl
     def log(self, state):
