@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import warnings
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 KERNEL = "deepspeed_shm_comm"
 """A C++ extension for collectives between processes of one machine, which DeepSpeed would compile on each start."""
+LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3")
+"""Imported by DeepSpeed when an engine is made; the first loads torch's compiler."""
 GLOBALS = ("_WORLD_GROUP", "mpu", "mesh_device", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
 
 
@@ -66,6 +69,7 @@ class Runtime:
         self._undo.callback(_forget_filters, added)
 
     def _modules(self, world: World) -> None:
+        load()
         import deepspeed
         from deepspeed.accelerator import get_accelerator
         from deepspeed.comm import comm
@@ -86,6 +90,17 @@ class Runtime:
         # Else DeepSpeed clones the world, and the clone's collectives would wait for half an hour.
         groups._WORLD_GROUP = world.mesh.group("dp") or dist.group.WORLD
         deepspeed.init_distributed(dist_init_required=False)
+
+
+def load() -> None:
+    """Import what DeepSpeed needs, without the warnings of modules that are of no use here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: F401
+
+        for name in LATE:
+            with contextlib.suppress(ModuleNotFoundError):  # names change between DeepSpeed's versions
+                importlib.import_module(name)
 
 
 def _restore(target: Any, name: str, value: Any) -> None:
