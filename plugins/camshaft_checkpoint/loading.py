@@ -93,9 +93,8 @@ def _complain(ranks: Ranks, choice: Choice, targets: Targets) -> dict[str, Conve
     faults = list(dict.fromkeys(fault for faults, _, _ in shared for fault in faults))
     placed = {name for _, names, _ in shared for name in names}
     if not any(fault.startswith("the optimizer was") for fault in faults):
-        faults += [
-            f"{name}: in the checkpoint, and has no place now" for name in choice.index.tensors if name not in placed
-        ]
+        missing = choice.index.tensors.keys() - placed - moments.needless(choice.index)
+        faults += [f"{name}: in the checkpoint, and has no place now" for name in sorted(missing)]
     if faults:
         raise CheckpointError(
             f"{choice.folder} does not fit this recipe, and nothing was loaded: {listed(faults)}. Fix: use the recipe"

@@ -75,6 +75,13 @@ class Saved:
         return frozenset(found)
 
 
+def needless(index: Index) -> set[str]:
+    """State of parameters without elements: some layouts update them, others leave them out."""
+    saved = Saved(index)
+    shapes = {name: index.tensors[f"model.{name}"].shape for name in saved.tensors if f"model.{name}" in index.tensors}
+    return {full for name, shape in shapes.items() if 0 in shape for full in saved.tensors[name].values()}
+
+
 def keep_apart(state: State, saved: Saved) -> None:
     """Divide buffers in which parameters lie whose saved state is not of one kind. The same on all ranks."""
     roles = state.world.roles
@@ -110,6 +117,8 @@ def _find_whole(
     for key in _keys(existing, saved.tensors.get(name, {})):
         full = saved.full(name, key)
         target = existing.get(key)
+        if full not in targets.index.tensors and not part.tensor.numel():
+            continue  # ``needless``, and the layout that wrote the checkpoint left it out
         if not isinstance(target, Tensor) and full in targets.index.tensors:
             stored = targets.index.tensors[full]
             target = empty_state(stored, key, part.tensor, group, follows=saved.follows(name, stored))

@@ -70,7 +70,10 @@ class SavePlanner(DefaultSavePlanner):
                         " a tensor that is divided must be a DTensor to be saved, or be in world.parts"
                     )
         _check_complete(seen)
-        return super().create_global_plan(all_plans)
+        try:
+            return super().create_global_plan(all_plans)
+        except ValueError as error:  # complete, and yet not each element once
+            raise CheckpointError(f"the ranks hold some elements of a tensor twice: {error}") from error
 
     def snapshot(self, buffers: dict[MetadataIndex, Tensor]) -> None:
         """Copy what this rank will write to the CPU, so that later steps cannot touch it.
@@ -114,7 +117,7 @@ def _check_complete(items: Mapping[MetadataIndex, WriteItem]) -> None:
             counts[item.index.fqn] = found + math.prod(item.tensor_data.chunk.sizes), math.prod(item.tensor_data.size)
     for name, (found, wanted) in counts.items():
         if found != wanted:
-            raise CheckpointError(f"the ranks hold {found} elements of '{name}', which has {wanted}: not each one once")
+            raise CheckpointError(f"the ranks hold {found} elements of '{name}', which has {wanted}")
 
 
 def _by_index(divided: Divisions) -> dict[MetadataIndex, Tensor]:

@@ -6,11 +6,13 @@ Gradients depend on the parameters, so that any wrong bit spreads in the followi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,7 +23,7 @@ from camshaft.mesh import Mesh, MeshShape
 from camshaft.recipe.schema import Recipe
 from camshaft.rundir import RunDirectory
 from camshaft.state import BatchPlan, Policy, State, World
-from camshaft_checkpoint import Plugin
+from camshaft_checkpoint import Plugin, files
 
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4}
 CHECKPOINTS = "checkpoints"
@@ -71,8 +73,27 @@ def make_optimizer(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimiz
     groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     if kind == "reordered":
         groups = [{"params": list(reversed(trained.values())), "weight_decay": 0.1}]
-    if kind == "sgd":
-        return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    return optimizer_of(kind, groups)
+
+
+class Counting(torch.optim.SGD):
+    """Has state that is a plain number."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self.state[tensor]["count"] = self.state[tensor].get("count", 0) + 1
+        return super().step(closure)
+
+
+def optimizer_of(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if kind == "adagrad":  # makes all of its state at once
+        return torch.optim.Adagrad(groups, lr=0.05)
+    if kind == "nadam":  # has a second single number beside the count of steps
+        return torch.optim.NAdam(groups, lr=0.05)
+    if kind in ("sgd", "counting"):
+        return (Counting if kind == "counting" else torch.optim.SGD)(groups, lr=0.05, momentum=0.9)
     return torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95), fused=kind == "fused")
 
 
@@ -114,7 +135,9 @@ def make_state(
 
 
 class Run:
-    """One rank of a toy run with the plugin bound."""
+    """One rank of a toy run with the plugin bound. ``unused`` never has a gradient, ``up.bias`` from step ``late``."""
+
+    late = 0
 
     def __init__(
         self,
@@ -140,10 +163,20 @@ class Run:
         """One optimizer step, counted, without any hook."""
         state = self.state
         for name, parameter in state.model.named_parameters():
-            if parameter.requires_grad and name != "unused":
+            if parameter.requires_grad and name not in self.idle:
                 parameter.grad = gradient(name, parameter.detach(), state.step)
         state.optimizer.step()
         state.optimizer.zero_grad()
+        self.count()
+
+    @property
+    def idle(self) -> set[str]:
+        """Parameters without a gradient in the step to come."""
+        return {"unused"} if self.state.step >= self.late else {"unused", "up.bias"}
+
+    def count(self) -> None:
+        """A step was done, and its numbers are finite."""
+        state = self.state
         state.step += 1
         state.consumed_samples += 4
         state.consumed_tokens += 4 * 128
@@ -216,3 +249,18 @@ def files_of(checkpoint: Path) -> Iterator[Path]:
 def entries(path: Path) -> list[str]:
     """Names of everything in the folder of checkpoints of a run."""
     return sorted(entry.name for entry in (path / CHECKPOINTS).iterdir())
+
+
+class Gate:
+    """Holds the writer of a background save until it is opened."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        original = files.write
+
+        def write(descriptor: int, data: files.Data) -> None:
+            self.reached.set()
+            assert self.opened.wait(20)
+            original(descriptor, data)
+
+        patch.setattr(files, "write", write)

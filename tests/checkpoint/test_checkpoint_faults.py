@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_toy import Run, Toy, differences, entries, everything, files_of, folder, steps
+from checkpoint_toy import Gate, Run, Toy, differences, entries, everything, files_of, folder, steps
 
 import camshaft_checkpoint
 from camshaft.errors import CheckpointError, MachineError
@@ -125,21 +125,6 @@ def test_a_read_only_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MachineError, match=r"Read-only file system.*Older checkpoints are untouched"):
         run.plugin.post_step(run.state)
     assert camshaft_checkpoint.verify(folder(tmp_path, 1)) == []
-
-
-class Gate:
-    """Holds the writer of a background save until it is opened."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-        original = files.write
-
-        def write(descriptor: int, data: files.Data) -> None:
-            self.reached.set()
-            assert self.opened.wait(20)
-            original(descriptor, data)
-
-        patch.setattr(files, "write", write)
 
 
 def spoil(run: Run, mine: dict[str, Any]) -> None:

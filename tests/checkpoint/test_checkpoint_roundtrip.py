@@ -190,39 +190,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert differences(before, everything(other.state)) == []
 
 
-class Other(Toy):
-    """One parameter is narrower than in ``Toy``, another wider."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        self.wide = nn.Parameter(self.wide.detach().float())
-        self.low = nn.Parameter(self.low.detach().float())
-
-
-def test_parameters_and_their_state_take_the_dtype_of_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    first = Run(tmp_path)
-    first.train(3)
-    second = Run(tmp_path, model=Other(seed=9))
-    assert second.load()
-    saved, got = everything(first.state), everything(second.state)
-    keys = [f"{name}{suffix}" for name in ("wide", "low") for suffix in ("", "/exp_avg", "/exp_avg_sq")]
-    assert differences(saved, got) == sorted(keys)
-    for key in keys:
-        assert torch.equal(saved[key].float(), got[key])
-        assert got[key].dtype == torch.float32
-    assert "3 tensor(s) in torch.float64, which were rounded to torch.float32" in caplog.text
-    assert "3 tensor(s) in torch.bfloat16; they are torch.float32 now, unchanged" in caplog.text
-
-
-def test_a_buffer_of_another_dtype_is_refused(tmp_path: Path) -> None:
-    model = nn.BatchNorm1d(3)
-    Run(tmp_path, model=model).train(1)
-    model.running_mean = model.running_mean.double()
-    with pytest.raises(CheckpointError, match=r"model.running_mean: torch.float32 in the checkpoint, torch.float64"):
-        Run(tmp_path, model=model).load()
-
-
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     Run(tmp_path).train(1)
     other = Run(tmp_path, kind="sgd")
