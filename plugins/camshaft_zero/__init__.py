@@ -14,11 +14,11 @@ averaged. Invariant: copies on different ranks are bit-equal after each step; pa
 
 With P parameters, N ranks and widths p, g, m (bytes of a parameter, a kept gradient, the optimizer's values): stage 1
 takes (p + g) P + m P/N, stage 2 p P + (g + m) P/N, stage 3 (p + g + m) P/N, beside two buffers of one bucket or unit
-for each of what is freed. Sent a rank and window, times (N-1)/N: 2 P; stage 3 with M microbatches (2 M + 1) P, less what
-is kept between forward and backward. ``reduce: each`` sends P for each microbatch instead of one.
+for each of what is freed. Sent a rank and window, times (N-1)/N: 2 P; stage 3 with M microbatches (2 M + 1) P, less
+what is kept between forward and backward. ``reduce: each`` sends P for each microbatch instead of one.
 
-Claims layout and reduction of gradients and the layout of the optimizer's values on ``dp``, and that of parameters where
-they are divided. This module imports no torch.
+Claims layout and reduction of gradients and the layout of the optimizer's values on ``dp``, and that of parameters
+where they are divided. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 import camshaft
 from camshaft.claims import Claim, Plan, PlanContext, Resource
-from camshaft.errors import Problem
 from camshaft.plugin import hookimpl
 from camshaft_zero.options import Options
-from camshaft_zero.placement import Placement, resolve
+from camshaft_zero.placement import Placement, refusals, resolve
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from camshaft.estimate import Estimate, Sizes
     from camshaft.hookspecs import Forward, Step
     from camshaft.state import State, World
-    from camshaft_zero.native import Storage
+    from camshaft_zero.provider import Storage
 
 
 class Plugin(camshaft.Plugin):
@@ -56,10 +56,7 @@ class Plugin(camshaft.Plugin):
         placement, problems = resolve(self.options, context.mesh.members("dp"), key)
         if placement is None:
             return Plan(problems=tuple(problems))
-        if self.options.reduce == "each" and not placement.gradients:
-            fix = f"remove {key}.reduce, or set {key}.stage=2"
-            message = "gradients are replicated, so they are summed once a window"
-            problems.append(Problem(message, key=f"{key}.reduce", fix=fix))
+        problems += refusals(self.options, placement, context, key)
         resources: list[Resource] = ["gradient.layout", "gradient.reduce", "optimizer.layout"]
         if placement.parameters:
             resources.append("parameter.layout")
@@ -70,12 +67,28 @@ class Plugin(camshaft.Plugin):
         )
 
     @hookimpl
+    def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate | None:
+        """Bytes of the placement, and what it sends."""
+        from camshaft_zero.costs import estimate
+
+        placement, _ = resolve(self.options, context.mesh.members("dp"), f"plugins.{self.name}")
+        return None if placement is None else estimate(self.options, placement, context, sizes)
+
+    @hookimpl
+    def shard_storage(self, world: World, model: Module) -> None:
+        """`provider: torch` lays parameters out while they are on meta; flat buffers come with their values."""
+        if self.options.provider == "torch":
+            from camshaft_zero.peer import Peer
+
+            self._storage = Peer(self.options, self._placement(world), world, model)
+
+    @hookimpl
     def materialize(self, world: World, model: Module) -> None:
         """Flat buffers, their first values, and the parts that the optimizer updates."""
-        from camshaft_zero.native import Storage
+        if self._storage is None:
+            from camshaft_zero.native import Native
 
-        placement = self._placement(world)
-        self._storage = Storage(self.options, placement, world, model, self.name)
+            self._storage = Native(self.options, self._placement(world), world, model, self.name)
         self._storage.materialize(model)
 
     def _placement(self, world: World) -> Placement:
@@ -93,15 +106,9 @@ class Plugin(camshaft.Plugin):
         self._bound().bind(state)
 
     @hookimpl
-    def around_forward(self, call: Forward) -> Forward:
+    def around_forward(self, state: State, call: Forward) -> Forward:
         """Wait for updated parameters that no module waits for."""
-        storage = self._bound()
-
-        def forward(batch: Any) -> Any:
-            storage.before_forward()
-            return call(batch)
-
-        return forward
+        return self._bound().around_forward(state, call)
 
     @hookimpl
     def post_backward(self) -> None:
@@ -126,9 +133,19 @@ class Plugin(camshaft.Plugin):
         return step
 
     @hookimpl
+    def post_load(self) -> None:
+        """Let everything follow from the loaded master weights."""
+        self._bound().refresh()
+
+    @hookimpl
     def release(self, state: State) -> None:
         """Drop all gradients."""
         self._bound().release(state)
+
+    @hookimpl
+    def inert(self) -> str | None:
+        """What was asked for and could not have an effect on this model."""
+        return self._bound().inert()
 
     @hookimpl
     def close(self, status: str) -> None:

@@ -1,8 +1,8 @@
 """Stage 3: parameters are gathered just before their use and freed after it, ahead of time in the order of use.
 
 Units take turns in a few buffers (slots): a unit always has the same one, because what autograd saves for backward are
-views of it, which are right again once the unit is gathered again. While a unit is freed its parameters have no memory and
-read as NaN.
+views of it, which are right again once the unit is gathered again. While a unit is freed its parameters have no memory
+and read as NaN.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from camshaft.comm import Pending
+from camshaft_zero import grouping
 from camshaft_zero.grid import Grid
 from camshaft_zero.storage import Unit, nothing
 
@@ -109,19 +110,15 @@ class Gatherer:
             self._watch(module, seats)
 
     def _place(self, units: Sequence[Unit]) -> list[Seat]:
-        """Units at one depth alternate between slots; those that others run inside have one of their own."""
-        count = max(2, self._prefetch + 1)
+        """Seats in slots; units that train and frozen ones, whose groups are apart, share none."""
         slots: dict[object, Slot] = {}
-        counters: dict[object, int] = {}
         seats = []
-        for unit in units:
-            kind = (unit.group.depth, unit.trains)
-            if unit.group.encloses or not self._reshard:
-                key: object = unit
-            else:
-                counters[kind] = counters.get(kind, -1) + 1
-                key = (*kind, counters[kind] % count)
-            seats.append(Seat(unit, slots.setdefault(key, Slot())))
+        for trains in (True, False):
+            members = [unit for unit in units if unit.trains == trains]
+            keys = grouping.slots([unit.group for unit in members], self._prefetch, self._reshard)
+            seats += [
+                Seat(unit, slots.setdefault((trains, key), Slot())) for unit, key in zip(members, keys, strict=True)
+            ]
         for slot in slots.values():
             like = units[0].master
             slot.buffer = torch.zeros(slot.size, dtype=units[0].shard.dtype, device=like.device)  # type: ignore[union-attr]

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from camshaft.parts import Piece
+from camshaft_zero.grouping import ALIGNMENT, aligned
 
-ALIGNMENT = 16
-"""Elements; every parameter starts at a multiple, so that kernels may read vectors."""
 ROLES = ("matrix", "embedding", "norm", "bias")
 
 
@@ -29,11 +28,6 @@ class Member:
     def view(self, flat: Tensor) -> Tensor:
         """Its stretch of ``flat`` in its own shape."""
         return flat[self.place : self.place + self.size].view(self.shape)
-
-
-def aligned(size: int, unit: int = ALIGNMENT) -> int:
-    """``size`` rounded up to a multiple of ``unit``."""
-    return -(-size // unit) * unit
 
 
 class Layout:
@@ -54,7 +48,9 @@ class Layout:
         """Stretches that belong to no parameter."""
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[str, int, int, tuple[Piece, ...]]]:
-        """(role, first, last, pieces) of each role's share of elements ``begin`` to ``end``; places count from first."""
+        """(role, first, last, pieces) of each role's share of elements ``begin`` to ``end``; places count from
+        first.
+        """
         inside = [member for member in self.members if member.place < end and member.place + member.size > begin]
         for role in dict.fromkeys(member.role for member in inside):
             group = [member for member in inside if member.role == role]

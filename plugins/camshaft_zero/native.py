@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch.nn import Module
+from torch.nn import Module, ModuleList, Parameter
 
 from camshaft.models.init import materialize
 from camshaft.parts import Part
+from camshaft_zero.costs import summed_each
 from camshaft_zero.gatherer import Gatherer
 from camshaft_zero.grid import Grid
+from camshaft_zero.grouping import Group, Item, buckets, by_module, holders
+from camshaft_zero.provider import Storage
 from camshaft_zero.publisher import Publisher
 from camshaft_zero.reducer import Reducer
 from camshaft_zero.storage import Unit, give_storage, give_values, make_parts, publish
-from camshaft_zero.units import Group, Named, buckets, by_module, owners
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from camshaft.data.loader import Batch
+    from camshaft.hookspecs import Forward
     from camshaft.state import State, World
     from camshaft_zero.options import Options
     from camshaft_zero.placement import Placement
@@ -25,14 +31,18 @@ WHOLE_AT_END = 2**30
 """Bytes up to which divided parameters are put together on every rank when a run has finished, to sample from."""
 
 
-class Storage:
+class Native(Storage):
     """Everything that the plugin keeps in a run."""
 
     def __init__(self, options: Options, placement: Placement, world: World, model: Module, plugin: str) -> None:
         self._options, self._placement, self._world = options, placement, world
         self.grid = Grid(world, placement, plugin)
         self.divided = placement.parameters and self.grid.inner is not None
-        self._owners = owners(model)
+        self._owners: dict[str, list[Module]] = {
+            item.name: [model.get_submodule(name) for name in holders(item)]
+            for items in items_of(model)
+            for item in items
+        }
         self.units = self._make_units(model)
         self._trained = [unit for unit in self.units if unit.trains]
         self._names: set[str] = set()
@@ -42,18 +52,18 @@ class Storage:
         self._held: list[tuple[Part, Unit, int]] = []
 
     def _make_units(self, model: Module) -> list[Unit]:
-        world = self._world
-        named: list[Named] = [(name, p, world.roles[name]) for name, p in model.named_parameters() if p.numel()]
-        trained = [each for each in named if each[1].requires_grad]
+        world, options = self._world, self._options
+        trained, frozen = items_of(model)
         size = world.policy.param.itemsize
         groups: list[Group] = []
         if self.divided:
-            least = int(self._options.unit_size_mb * 2**20 / size)
-            for members in (trained, [each for each in named if not each[1].requires_grad]):
-                groups += by_module(model, members, self._options.units, least) if members else []
+            lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList)]
+            least = int(options.unit_size_mb * 2**20 / size)
+            for items in (trained, frozen):
+                groups += by_module(items, lists, options.units, least) if items else []
         else:
-            groups = buckets(trained, int(self._options.bucket_size_mb * 2**20 / size), self._owners)
-        return [Unit(index, group, self.grid, world, self.divided) for index, group in enumerate(groups)]
+            groups = buckets(trained, int(options.bucket_size_mb * 2**20 / size))
+        return [Unit(index, group, model, self.grid, world, self.divided) for index, group in enumerate(groups)]
 
     def materialize(self, model: Module) -> None:
         """First values: this rank makes what it updates, the rest comes from the ranks that have it."""
@@ -70,7 +80,7 @@ class Storage:
     def bind(self, state: State) -> None:
         """Put hooks on parameters and modules."""
         options = self._options
-        each = self._placement.gradients and options.reduce != "last"
+        each = summed_each(options, self._placement)
         self._reducer = Reducer(state, self.grid, self._trained, each=each, overlap=options.overlap)
         if self.divided:
             prefetch = options.prefetch if options.overlap else 0
@@ -90,17 +100,22 @@ class Storage:
         for part in state.world.parts:
             if not part.pieces:
                 continue
-            at = part.tensor.storage_offset()
+            at = int(part.tensor.storage_offset())
             for unit in units[part.tensor.untyped_storage().data_ptr()]:
-                begin = at - unit.master.storage_offset()
+                begin = at - int(unit.master.storage_offset())
                 if 0 <= begin < unit.master.numel():
                     self._held.append((part, unit, begin))
         self._where = {unit: index for index, unit in enumerate(self._trained)}
 
-    def before_forward(self) -> None:
+    def around_forward(self, state: State, call: Forward) -> Forward:
         """Wait for what no module waits for."""
-        if self._publisher is not None:
-            self._publisher.before_forward()
+
+        def forward(batch: Batch) -> Tensor:
+            if self._publisher is not None:
+                self._publisher.before_forward()
+            return call(batch)
+
+        return forward
 
     def end_backward(self) -> None:
         """After the backward of a microbatch."""
@@ -127,7 +142,7 @@ class Storage:
     def _usage(self, unit: Unit) -> Sequence[tuple[Sequence[Module], bool]]:
         assert self._reducer is not None
         used = self._reducer.used(self._where[unit])
-        return [(self._owners[member.parameter], had) for member, had in zip(unit.layout.members, used, strict=True)]
+        return [(self._owners[member.name], had) for member, had in zip(unit.layout.members, used, strict=True)]
 
     def release(self, state: State) -> None:
         """Drop all gradients."""
@@ -155,6 +170,19 @@ class Storage:
         if self._publisher is not None:
             self._publisher.settle()
 
+    def inert(self) -> str | None:
+        """Overlap of one unit with nothing, or patterns of units that match no module."""
+        asked = self._options.model_fields_set
+        if self.grid.alone:
+            return None
+        if "overlap" in asked and self._options.overlap and len(self._trained) == 1:
+            size = self._trained[0].layout.size * self._world.policy.param.itemsize / 2**20
+            smaller = "give units of smaller modules" if self.divided else "lower plugins.zero.bucket_size_mb"
+            return f"overlap has nothing to overlap: everything is one unit of {size:.3g} MiB; {smaller}"
+        if "units" in asked and self._options.units and {unit.name for unit in self.units} == {""}:
+            return f"units {self._options.units} match no module that holds parameters, so all of them are one unit"
+        return None
+
     def close(self, finished: bool) -> None:
         """Remove all hooks; after a run that finished, put a model that is not too large together again."""
         for each in (self._reducer, self._publisher):
@@ -175,3 +203,12 @@ class Storage:
             for member in unit.layout.members:
                 member.parameter.data = member.view(full)
         self._world.readable = True
+
+
+def items_of(model: Module) -> tuple[list[Item], list[Item]]:
+    """Parameters that train, and frozen ones; tied ones once, with all their names, empty ones not at all."""
+    names: dict[Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    items = [(p, Item(own[0], p.numel(), tuple(own))) for p, own in names.items() if p.numel()]
+    return [item for p, item in items if p.requires_grad], [item for p, item in items if not p.requires_grad]

@@ -23,7 +23,9 @@ class Options(camshaft.Options):
     optimizer: Placed | dict[str, Placed] | None = None
     """Instead of `stage`: placement of optimizer state and master weights."""
     provider: Literal["native", "torch"] = "native"
-    """`native`: flat buffers; `torch`: `fully_shard` (stages 2 and 3), for models whose modules defeat the flat ones."""
+    """`native`: flat buffers; `torch`: `fully_shard` (stages 2 and 3), for models whose modules defeat the flat
+    ones.
+    """
     reduce: Literal["each", "last"] | None = None
     """Under accumulation, sum gradients over ranks after `each` microbatch, or once after the `last`, which sends less
     and keeps full gradients. Default: `last` where gradients are replicated, else `each`."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from camshaft.errors import Problem
+from camshaft.mesh import stated_data_parallel
 
 if TYPE_CHECKING:
+    from camshaft.claims import PlanContext
     from camshaft_zero.options import Options
 
 Where = Literal["replicate", "shard"]
@@ -106,3 +108,38 @@ def _judge(table: dict[str, list[bool]], axes: Sequence[str], key: str) -> tuple
         )
     placement = Placement(inner, outer, parameters, gradients, table[outer][2])
     return (None, problems) if problems else (placement, [])
+
+
+def refusals(options: Options, placement: Placement, context: PlanContext, key: str) -> list[Problem]:
+    """Options that would have no effect with this placement, or that its provider does not have."""
+    found = []
+    if stated_data_parallel(context.recipe.parallel) == 1:
+        message = f"'{key.rpartition('.')[2]}' divides over the data axis, and the recipe gives that axis one rank"
+        found.append(Problem(message, key=key, fix="set parallel.data_parallel=auto, or remove the plugin"))
+    if options.reduce == "each" and not placement.gradients:
+        message = "gradients are replicated, so they are summed once a window"
+        found.append(Problem(message, key=f"{key}.reduce", fix=f"remove it, or set {key}.stage=2"))
+    given = options.model_fields_set
+    for name in ("units", "unit_size_mb", "reshard_after_forward", "prefetch"):
+        if name in given and not placement.parameters:
+            found.append(_without("parameters are not divided", name, key, f"{key}.stage=3"))
+    if "bucket_size_mb" in given and placement.parameters:
+        found.append(_without("units are modules where parameters are divided", "bucket_size_mb", key, "unit_size_mb"))
+    if options.provider == "torch":
+        found += _torch_refusals(options, placement, key)
+    return found
+
+
+def _torch_refusals(options: Options, placement: Placement, key: str) -> list[Problem]:
+    found = []
+    if not placement.gradients or placement.optimizer_outer:
+        message = "provider: torch divides gradients and optimizer, or parameters too, along the axis of shards only"
+        found.append(Problem(message, key=f"{key}.provider", fix=f"set {key}.provider=native, or {key}.stage=2 or 3"))
+    for name in ("units", "unit_size_mb", "prefetch", "overlap", "bucket_size_mb"):
+        if name in options.model_fields_set:
+            found.append(_without("provider: torch decides it", name, key, f"{key}.provider=native"))
+    return found
+
+
+def _without(why: str, name: str, key: str, instead: str) -> Problem:
+    return Problem(f"has no effect: {why}", key=f"{key}.{name}", fix=f"remove it, or use {instead}")

@@ -64,8 +64,9 @@ class Filling:
 class Reducer:
     """Sums gradients over the ranks, and gives each part the gradient of what it holds.
 
-    With ``each`` a unit's gradients are summed after every microbatch and only this rank's stretch is kept; otherwise the
-    full gradients stay until the window's last backward. Sums start in one order on all ranks, whatever each rank used.
+    With ``each`` a unit's gradients are summed after every microbatch and only this rank's stretch is kept; otherwise
+    the full gradients stay until the window's last backward. Sums start in one order on all ranks, whatever each rank
+    used.
     """
 
     def __init__(self, state: State, grid: Grid, units: Sequence[Unit], *, each: bool, overlap: bool) -> None:
@@ -280,7 +281,9 @@ class Reducer:
         return buffer[unit.begin : unit.end].copy_(total)
 
     def release(self) -> None:
-        """Drop all gradients; after the first window let every rank start sums in the first rank's order of backward."""
+        """Drop all gradients; after the first window let every rank start sums in the first rank's order of
+        backward.
+        """
         self._next = 0
         for filling in self._fillings:
             filling.total, filling.complete = None, False

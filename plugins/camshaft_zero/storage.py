@@ -13,8 +13,8 @@ from camshaft.models.init import fill, place
 from camshaft.models.roles import initial_values, owned_parameters
 from camshaft.parts import Part, Parts
 from camshaft_zero.grid import Grid
+from camshaft_zero.grouping import Group
 from camshaft_zero.layout import Layout
-from camshaft_zero.units import Group
 
 if TYPE_CHECKING:
     from camshaft.comm import Pending
@@ -29,9 +29,11 @@ class Unit:
     of ``shard`` where the dtypes are equal.
     """
 
-    def __init__(self, index: int, group: Group, grid: Grid, world: World, divided: bool) -> None:
-        self.index, self.name, self.group, self.modules = index, group.name, group, tuple(group.modules)
-        self.layout = Layout(group.named, grid.divisor)
+    def __init__(self, index: int, group: Group, model: Module, grid: Grid, world: World, divided: bool) -> None:
+        self.index, self.name, self.group = index, group.name, group
+        self.modules = tuple(model.get_submodule(name) for name in group.modules)
+        named = [(item.name, model.get_parameter(item.name), world.roles[item.name]) for item in group.items]
+        self.layout = Layout(named, grid.divisor)
         self.trains = self.layout.members[0].parameter.requires_grad
         self.grid, policy, size = grid, world.policy, self.layout.size
         begin, end = grid.stretch(size)
