@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from camshaft.data.loader import evaluation_batches
 from camshaft.state import State, World
@@ -34,7 +33,9 @@ def global_sums(world: World, *values: torch.Tensor | float) -> list[float]:
     )
     for axis in world.mesh.shape.axes:
         if axis.splits_batch and axis.degree > 1:
-            dist.all_reduce(total, group=world.mesh.group(axis.name))
+            channel = world.mesh.channel("core", axis.name)
+            assert channel is not None
+            channel.all_reduce(total, "log").wait()
     return [float(value) for value in total.tolist()]
 
 

@@ -88,11 +88,11 @@ class Plugin(camshaft.Plugin):
             return
         from camshaft_ddp.reducer import Reducer
 
-        group = mesh.group("dp")
-        assert group is not None
+        channel = mesh.channel(self.name, "dp")
+        assert channel is not None
         self._reducer = Reducer(
             state,
-            group,
+            channel,
             bucket_bytes=int(self.options.bucket_size_mb * 2**20),
             overlap=self.options.overlap,
             reduce_dtype=state.world.policy.reduce,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, Work, all_reduce
 from torch.nn import Parameter
+
+from camshaft.comm import Channel, Pending
 
 ALIGNMENT = 16
 """Elements; every gradient starts at a multiple, so that vector loads of fused kernels stay aligned."""
@@ -35,7 +36,7 @@ class Bucket:
         self.flags = self.flat[size:]
         self.ready = 0
         self.complete = False
-        self._work: Work | None = None
+        self._pending: Pending | None = None
         self._narrow: Tensor | None = None
 
     def adopt(self) -> None:
@@ -50,8 +51,8 @@ class Bucket:
         if fresh:
             torch._foreach_copy_(views, fresh)
 
-    def launch(self, group: ProcessGroup, dtype: torch.dtype) -> None:
-        """Start the sum over ``group``, in ``dtype`` on the wire."""
+    def launch(self, channel: Channel, dtype: torch.dtype) -> None:
+        """Start the sum over the ranks of ``channel``, in ``dtype`` on the wire."""
         unused = [parameter.grad is None for parameter in self.parameters]
         self.flags.fill_(1)
         if any(unused):
@@ -62,13 +63,13 @@ class Bucket:
         if dtype != self.flat.dtype:
             self._narrow = self.flat.to(dtype)
         buffer = self.flat if self._narrow is None else self._narrow
-        self._work = all_reduce(buffer, op=ReduceOp.SUM, group=group, async_op=True)
+        self._pending = channel.all_reduce(buffer, "reduce")
 
     def finish(self) -> None:
         """Wait for the sum; give a gradient to parameters that only other ranks used."""
-        assert self._work is not None
-        self._work.wait()
-        self._work = None
+        assert self._pending is not None
+        self._pending.wait()
+        self._pending = None
         if self._narrow is not None:
             self.flat.copy_(self._narrow)
             self._narrow = None

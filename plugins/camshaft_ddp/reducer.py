@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from camshaft.comm import Channel
 from camshaft.state import State
 from camshaft_ddp.bucket import Bucket, fill
 
 
 class Reducer:
-    """Sums the gradients of all parameters that train over ``group``, once a window.
+    """Sums the gradients of all parameters that train over the ranks of ``channel``, once a window.
 
     Collectives run in the order of the buckets on every rank, also where ranks use different parameters: a bucket waits
     for those before it, and what backward never completes is started by ``finish``.
@@ -24,13 +23,13 @@ class Reducer:
     def __init__(
         self,
         state: State,
-        group: ProcessGroup,
+        channel: Channel,
         *,
         bucket_bytes: int,
         overlap: bool,
         reduce_dtype: torch.dtype,
     ) -> None:
-        self._state, self._group = state, group
+        self._state, self._channel = state, channel
         self._bucket_bytes, self._overlap, self._dtype = bucket_bytes, overlap, reduce_dtype
         self._named = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
         self._names = {parameter: name for name, parameter in self._named.items()}
@@ -100,7 +99,7 @@ class Reducer:
 
     def _launch_complete(self) -> None:
         while self._next < len(self.buckets) and self.buckets[self._next].complete:
-            self.buckets[self._next].launch(self._group, self._dtype)
+            self.buckets[self._next].launch(self._channel, self._dtype)
             self._next += 1
 
     def end_backward(self) -> None:
@@ -113,7 +112,7 @@ class Reducer:
     def finish(self) -> None:
         """Start what backward did not, and wait for every sum."""
         for bucket in self.buckets[self._next :]:
-            bucket.launch(self._group, self._dtype)
+            bucket.launch(self._channel, self._dtype)
         for bucket in self.buckets:
             bucket.finish()
 
@@ -131,7 +130,7 @@ class Reducer:
         order = [*observed, *(name for name in names if name not in observed)]
         device = next(iter(self._named.values())).device
         indexes = torch.tensor([names.index(name) for name in order], dtype=torch.int64, device=device)
-        dist.broadcast(indexes, group=self._group, group_src=0)
+        self._channel.broadcast(indexes, 0, "release").wait()
         self.adopt_order([names[index] for index in indexes.tolist()])
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from camshaft.comm import Channel
 from camshaft.testing.ranks import RankFailed, run_ranks
 from camshaft_ddp import reducer as reducer_module
 from camshaft_ddp.bucket import ALIGNMENT, fill
@@ -55,8 +56,8 @@ def expected(world_size, microbatches):
 
 def make(model, world_size, bucket_bytes=600, overlap=True, dtype=torch.float64):
     state = SimpleNamespace(model=model, final_backward=False)
-    group = torch.distributed.group.WORLD if world_size > 1 else None
-    return state, Reducer(state, group, bucket_bytes=bucket_bytes, overlap=overlap, reduce_dtype=dtype)
+    channel = Channel(torch.distributed.group.WORLD, "ddp", "dp") if world_size > 1 else None
+    return state, Reducer(state, channel, bucket_bytes=bucket_bytes, overlap=overlap, reduce_dtype=dtype)
 
 
 def window(state, reducer, rank, microbatches):
@@ -263,7 +264,7 @@ def started_in_backward(rank, world_size, overlap):
         for microbatch in range(2):
             state.final_backward = microbatch == 1
             state.model(torch.ones(1, 9)).sum().backward()
-            started.append(sum(bucket._work is not None for bucket in reducer.buckets))
+            started.append(sum(bucket._pending is not None for bucket in reducer.buckets))
             reducer.end_backward()
         reducer.finish()
         reducer.release()
