@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch.nn import Module, ModuleList, Parameter
@@ -128,7 +127,7 @@ class Native(Storage):
         """Finish all sums, and give each part its gradient; parameters that nobody used have none."""
         assert self._reducer is not None
         if self._publisher is not None:
-            self._publisher.learn(self._usage)
+            self._publisher.learn(self._holders)
         unused = self._reducer.finish()
         if unused:
             state.world.parts.isolate(unused, state.optimizer)
@@ -139,10 +138,8 @@ class Native(Storage):
             stretch = gradients[unit][begin : begin + part.tensor.numel()]
             part.tensor.grad = None if idle else stretch
 
-    def _usage(self, unit: Unit) -> Sequence[tuple[Sequence[Module], bool]]:
-        assert self._reducer is not None
-        used = self._reducer.used(self._where[unit])
-        return [(self._owners[member.name], had) for member, had in zip(unit.layout.members, used, strict=True)]
+    def _holders(self, unit: Unit) -> list[list[Module]]:
+        return [self._owners[member.name] for member in unit.layout.members]
 
     def release(self, state: State) -> None:
         """Drop all gradients."""

@@ -15,8 +15,8 @@ from camshaft_zero.storage import Unit, publish
 class Publisher:
     """Starts the gathers of all units after a step, and lets each module wait for its own parameters.
 
-    A parameter that is used without a call of the module that holds it (seen in the first window by its gradient) makes
-    its unit one that every forward waits for at its start.
+    A unit with a parameter whose module was not called in the first window, so that nobody knows who uses it and when,
+    is one that every forward waits for at its start.
     """
 
     def __init__(self, units: Sequence[Unit], grid: Grid, overlap: bool) -> None:
@@ -50,26 +50,26 @@ class Publisher:
 
         return arrive
 
-    def learn(self, used: Callable[[Unit], Sequence[tuple[Sequence[Module], bool]]]) -> None:
+    def learn(self, holders: Callable[[Unit], Sequence[Sequence[Module]]]) -> None:
         """After the first window: which units cannot rely on their modules being called.
 
-        ``used`` gives, for each parameter of a unit, the modules that hold it and whether it had a gradient.
+        ``holders`` gives, for each parameter of a unit, the modules that hold it.
         """
         if not self._learning:
             return
         self._learning = False
+        called = self._called
         self._eager = [
-            unit
-            for unit in self._units
-            if any(had and not any(holder in self._called for holder in holders) for holders, had in used(unit))
+            unit for unit in self._units if not all(any(each in called for each in of_one) for of_one in holders(unit))
         ]
-        self._called.clear()
+        called.clear()
 
     def start(self) -> None:
         """After the optimizer: begin to send what changed, in the order in which forward needs it."""
         if not self._overlap:
             publish(self._units, "step")
             return
+        self.settle()  # of modules that no forward called, gathers of the step before may be under way
         for unit in self._units:
             unit.narrow_down()
         for pending in [unit.collect_slices("step") for unit in self._units]:

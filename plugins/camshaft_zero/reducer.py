@@ -259,10 +259,6 @@ class Reducer:
         found = self._flags.tolist()
         return {local[index][0] for index in missing if not found[index]}
 
-    def used(self, index: int) -> list[bool]:
-        """Whether this rank had a gradient of each member of a unit in this window."""
-        return self._fillings[index].used
-
     def gradient(self, index: int) -> Tensor:
         """What was summed for the master values of a unit, in the master dtype; [end - begin] elements."""
         filling = self._fillings[index]
