@@ -66,10 +66,9 @@ CASES = {
 }
 
 
-def plugins(optimizer, **storage):
-    flat = {"flat_shards": storage} if storage else {}
+def plugins(optimizer, storage=None):
     return {
-        **flat,
+        **(storage or {}),
         **optimizer,
         "lr_schedule": {"type": "linear", "warmup_steps": 4, "min_lr_ratio": 0.1},
         "clip": {"max_norm": 0.1},
@@ -102,7 +101,7 @@ def run(make_recipe, monkeypatch):
             factor=linear,
             prepare=change if changed else lambda model: None,
         )
-        chosen = plugins(settings, **(storage or {}))
+        chosen = plugins(settings, storage)
         resolved = make_recipe(chosen, world_size, accumulation=12 // (world_size * 2), **sections)
         return record_ranks(resolved, world_size, {"variant": Variant()} if changed else None), reference
 
@@ -127,7 +126,8 @@ def test_one_process_follows_the_textbook(run, optimizer, tied):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_divided_parts_change_nothing(run, optimizer, world_size):
     """Frozen, tied and unused parameters, accumulation, clipping; parts that are empty on some rank."""
-    ranks, reference = run(optimizer, world_size, tied=world_size == 2, storage={"empty_gradients": world_size == 2})
+    storage = {"flat_shards": {"empty_gradients": world_size == 2}}
+    ranks, reference = run(optimizer, world_size, tied=world_size == 2, storage=storage)
     check(ranks, reference)
     last = reference[-1]
     assert "unused.weight" in last.weights and not any(key.startswith("unused") for key in last.optimizer)
@@ -136,4 +136,13 @@ def test_divided_parts_change_nothing(run, optimizer, world_size):
 @pytest.mark.parametrize("optimizer", CASES)
 def test_replicas_change_nothing(run, optimizer):
     ranks, reference = run(optimizer, 2, tied=False)
+    check(ranks, reference)
+
+
+@pytest.mark.parametrize("optimizer", CASES)
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2}, {"stage": 3}], ids=["zero1", "zero2", "zero3"])
+def test_zero_changes_nothing(run, optimizer, zero):
+    world_size = 3 if zero["stage"] == 2 else 2
+    storage = {"ddp": None, "zero": zero | ({} if zero["stage"] == 3 else {"bucket_size_mb": 0.01})}
+    ranks, reference = run(optimizer, world_size, tied=zero["stage"] != 3, storage=storage)
     check(ranks, reference)
