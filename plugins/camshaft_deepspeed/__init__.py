@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from camshaft.data.loader import Batch
     from camshaft.estimate import Estimate, Sizes
     from camshaft.hookspecs import Forward
+    from camshaft.models.roles import Initial
     from camshaft.state import State, World
     from camshaft_deepspeed.engine import Engine
     from camshaft_deepspeed.runtime import Runtime
@@ -48,6 +49,7 @@ class Plugin(camshaft.Plugin):
     _runtime: Runtime | None = None
     _engine: Engine | None = None
     _config: dict[str, Any]
+    _initial: dict[str, Initial]
 
     @camshaft.hookimpl
     def plan(self, context: PlanContext) -> Plan:
@@ -87,7 +89,7 @@ class Plugin(camshaft.Plugin):
         if world.is_main:
             write(self._config, world.run.path)
         check_machine(self.options, world.policy, f"plugins.{self.name}")
-        first_values(model, world, self._config, self.options.stage)
+        self._initial = first_values(model, world, self._config, self.options.stage)
 
     @camshaft.hookimpl
     def bind(self, state: State) -> None:
@@ -99,7 +101,7 @@ class Plugin(camshaft.Plugin):
         if self.options.stage == 0:
             self._engine = Replicated(state, self._config, channel)
         else:
-            self._engine = Divided(state, self.options, self._config, channel)
+            self._engine = Divided(state, self.options, self._config, self._initial, channel)
 
     @camshaft.hookimpl
     def around_forward(self, state: State, call: Forward) -> Forward:

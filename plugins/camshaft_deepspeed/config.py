@@ -42,12 +42,22 @@ def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, gpu: bo
         "data_types": {"grad_accum_dtype": NAMES[policy.kept] if options.stage > 0 else None},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero_section(options, gpu),
+        "zero_optimization": zero_section(options, gpu, wide=wide(options, policy)),
         "timers": {"throughput": {"enabled": False}},
     }
 
 
-def zero_section(options: Options, gpu: bool) -> Config:
+def wide(options: Options, policy: Policy) -> bool:
+    """Whether DeepSpeed takes its optimizer for bf16 with fp32 gradients, which has its own ways to reduce."""
+    return (
+        options.stage == 1
+        and options.offload_optimizer == "none"
+        and policy.param == torch.bfloat16
+        and policy.kept == torch.float32
+    )
+
+
+def zero_section(options: Options, gpu: bool, *, wide: bool) -> Config:
     """``zero_optimization``; what is absent is DeepSpeed's default."""
     section: Config = {"stage": options.stage}
     for name in (*PLAIN, *ZERO_KEYS, "sub_group_size"):
@@ -56,7 +66,7 @@ def zero_section(options: Options, gpu: bool) -> Config:
             section[ZERO_KEYS.get(name, name)] = value
     if options.stage == 3:
         section["memory_efficient_linear"] = False  # it would replace torch's linear in the whole process
-    if options.stage in (1, 2) and options.offload_optimizer == "none":
+    if options.stage in (1, 2) and options.offload_optimizer == "none" and not wide:
         section["compute_grad_norm"] = False  # `clip` does it
     places = {"offload_optimizer": options.offload_optimizer, "offload_param": options.offload_parameters}
     for name, place in places.items():

@@ -6,10 +6,13 @@ in a hook on the loss, and the epilogue after the backward. The window, not a co
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from camshaft.state import State
@@ -23,15 +26,8 @@ class Engine:
     usage: Usage
 
     def __init__(self, state: State, optimizer: Optimizer, config: Config) -> None:
-        import deepspeed
-
         self.state = state
-        logger = logging.getLogger("DeepSpeed")
-        logger.setLevel(logging.ERROR)  # it warns of every optimizer that it has not tested; `plan` has checked ours
-        engine, *_ = deepspeed.initialize(
-            model=state.model, optimizer=optimizer, config=config, dist_init_required=False
-        )
-        logger.setLevel(logging.WARNING)
+        engine = _initialize(state.model, optimizer, config)
         engine._running_engine_backward = True  # prologue and epilogue are called here, not by autograd
         self.engine: Any = engine
 
@@ -73,3 +69,17 @@ class Engine:
         self.engine.destroy()
         for handle in (self.engine.module_forward_pre_hook, self.engine.module_forward_post_hook):
             handle.remove()
+
+
+def _initialize(model: Module, optimizer: Optimizer, config: Config) -> Any:
+    """Without DeepSpeed's warning of optimizers that it has not tested, and without the memory that it prints."""
+    import deepspeed
+
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    finally:
+        logger.setLevel(logging.WARNING)
+    return engine

@@ -48,41 +48,8 @@ def first_parts(model: Module, roles: Mapping[str, str]) -> Parts:
     )
 
 
-def flats(zero: Any, model: Module, stage: int) -> list[Flat]:
-    """Every flat tensor of DeepSpeed's optimizer ``zero``, in its own order."""
-    names = names_of(model)
-    if stage == 3:
-        return [_scattered(zero, number, names) for number in range(len(zero.fp16_groups))]
-    return [_cut(zero, number, names) for number in range(len(zero.optimizer.param_groups))]
-
-
-def _cut(zero: Any, number: int, names: Mapping[Tensor, str]) -> Flat:
-    """Stages 1 and 2: all parameters of a group side by side, cut into one equal stretch a rank."""
-    separate = hasattr(zero, "fp32_groups_flat_partition")  # the optimizer for bf16 with fp32 gradients
-    tensors = zero.fp32_groups_flat_partition if separate else zero.single_partition_of_fp32_groups
-    members = zero.bf16_groups[number] if separate else zero.round_robin_bit16_groups[number]
-    tensor: Tensor = tensors[number]
-    begin = dist.get_rank(zero.real_dp_process_group[number]) * tensor.numel()
-    pieces, place = [], 0
-    for parameter in members:
-        first, last = max(place, begin), min(place + parameter.numel(), begin + tensor.numel())
-        if first < last:
-            pieces.append(Piece(names[parameter], tuple(parameter.shape), first - place, first - begin, last - first))
-        place += parameter.numel()
-    return Flat(tensor, number, tuple(pieces))
-
-
-def _scattered(zero: Any, number: int, names: Mapping[Tensor, str]) -> Flat:
-    """Stage 3: each parameter cut into one equal stretch a rank, those of a group side by side."""
-    pieces, place = [], 0
-    for parameter in zero.fp16_groups[number]:
-        piece = _shard(parameter, names[parameter], place)
-        pieces += [piece] if piece.length else []
-        place += parameter.partition_numel()
-    return Flat(zero.fp32_partitioned_groups_flat[number], zero.sub_group_to_group_id[number], tuple(pieces))
-
-
-def _shard(parameter: Any, name: str, place: int) -> Piece:
+def shard(parameter: Any, name: str, place: int) -> Piece:
+    """Stage 3: this rank's stretch of a parameter, perhaps empty, at ``place`` of what holds it."""
     size: int = parameter.partition_numel()
     start = dist.get_rank(parameter.ds_process_group) * size
     return Piece(name, whole_shape(parameter), start, place, max(0, min(size, parameter.ds_numel - start)))
@@ -104,7 +71,7 @@ def stored_parts(model: Module, roles: Mapping[str, str], channel: Channel | Non
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and hasattr(parameter, "ds_tensor"):
-            piece = _shard(parameter, name, 0)
+            piece = shard(parameter, name, 0)
             held = Parameter(parameter.ds_tensor.data, requires_grad=False)
             found.append(Part(held, roles[name], (piece,) if piece.length else ()))
     return Parts(found, channel)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from camshaft.models.init import fill, materialize, place, values
-from camshaft.models.roles import Owned, initial_values, owned_parameters
+from camshaft.models.roles import Initial, Owned, initial_values, owned_parameters
 from camshaft_deepspeed.layout import first_parts
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from camshaft_deepspeed.layout import Flat
 
 
-def first_values(model: Module, world: World, config: Config, stage: int) -> None:
-    """Give parameters their values, and ``world.parts`` as the optimizer is built over them.
+def first_values(model: Module, world: World, config: Config, stage: int) -> dict[str, Initial]:
+    """Give parameters their values, and ``world.parts`` as the optimizer is built over them; return the distributions.
 
     Stage 0 leaves the parts, and masters, to the core.
     """
+    initial = {owned.name: initial_values(owned) for owned in owned_parameters(model)}
     if stage == 3:
         scatter(model, world, config)
         world.readable = False
@@ -32,6 +34,7 @@ def first_values(model: Module, world: World, config: Config, stage: int) -> Non
         materialize(model, seed=world.recipe.seed, device=world.device, dtype=dtype)
     if stage:
         world.parts = first_parts(model, world.roles)
+    return initial
 
 
 @torch.no_grad()
@@ -68,9 +71,8 @@ def _first(parameter: nn.Parameter, config: Config) -> Any:
 
 
 @torch.no_grad()
-def exact_masters(model: Module, flats: list[Flat], seed: int) -> None:
+def exact_masters(flats: Sequence[Flat], initial: Mapping[str, Initial], seed: int) -> None:
     """Write first values into master weights, which DeepSpeed has made of rounded parameters."""
-    initial = {owned.name: initial_values(owned) for owned in owned_parameters(model)}
     for flat in flats:
         for piece in flat.pieces:
             stop = piece.start + piece.length

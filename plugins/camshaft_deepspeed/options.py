@@ -79,12 +79,27 @@ def problems(options: Options, context: PlanContext, key: str) -> Iterator[Probl
         yield fp64_problem(options.stage, key)
     if options.stage and getattr(precision, "parameters", None) == "fp16":
         yield fp16_problem(options.stage, key)
+    if getattr(precision, "parameters", None) == "bf16" and getattr(precision, "gradients", None) == "fp32":
+        yield from _ignored(options, key)
     if stated_data_parallel(context.recipe.parallel) == 1 and options.offload_optimizer == "none":
         yield Problem(
             "divides over the data axis alone, and the recipe gives that axis one rank",
             key=key,
             fix=f"remove {key}, or set parallel.data_parallel=auto",
         )
+
+
+def _ignored(options: Options, key: str) -> Iterator[Problem]:
+    """Stage 1 of bf16 parameters with fp32 gradients has an optimizer of its own in DeepSpeed."""
+    if options.stage == 1 and options.offload_optimizer == "none":
+        for name in ("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size"):
+            if getattr(options, name) is not None:
+                yield Problem(
+                    "has no effect in stage 1 where bf16 parameters have fp32 gradients: DeepSpeed sums them once, "
+                    "after the window",
+                    key=f"{key}.{name}",
+                    fix=f"remove it, or {key}.stage=2, or plugins.precision.gradients=bf16",
+                )
 
 
 def fp64_problem(stage: int, key: str) -> Problem:

@@ -70,10 +70,11 @@ class Runtime:
 
     def _modules(self, world: World) -> None:
         load()
-        import deepspeed
         from deepspeed.accelerator import get_accelerator
         from deepspeed.comm import comm
         from deepspeed.utils import groups
+
+        import deepspeed
 
         if get_accelerator().device_name() != world.device.type:
             raise MachineError(

@@ -12,7 +12,9 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture
 def run(make_recipe):
-    def go(stage, world_size, observers=None, optimizer="adamw", accumulation=3, precision=None, sections=None, **options):
+    def go(
+        stage, world_size, observers=None, optimizer="adamw", accumulation=3, precision=None, sections=None, **options
+    ):
         chosen = plugins(stage, optimizer, precision, **options)
         return record_ranks(make_recipe(chosen, world_size, accumulation, **(sections or {})), world_size, observers)
 
@@ -54,8 +56,10 @@ def test_three_ranks_with_biases_and_untied_embeddings(make_recipe, run, stage):
         "training": {"max_steps": 6, "log_every": 1},
     }
     wanted = reference(make_recipe(plugins(optimizer="sgd"), **sections), "sgd")
-    ranks = run(stage, 3, optimizer="sgd", accumulation=2, sections=sections, sub_group_size=3000) if stage == 3 else run(
-        stage, 3, optimizer="sgd", accumulation=2, sections=sections
+    ranks = (
+        run(stage, 3, optimizer="sgd", accumulation=2, sections=sections, sub_group_size=3000)
+        if stage == 3
+        else run(stage, 3, optimizer="sgd", accumulation=2, sections=sections)
     )
     assert_within(compare(ranks[0], wanted), FP32)
     same_on_all(ranks)
@@ -88,9 +92,7 @@ def test_accumulation_and_ways_to_reduce_change_nothing(make_recipe, run, stage,
 )
 def test_frozen_tied_and_unused_parameters(make_recipe, run, stage, changes):
     sections = {"training": {"max_steps": 6, "log_every": 1}}
-    wanted = reference(
-        make_recipe(plugins(), **sections), prepare_model=lambda model: change(model, **changes)
-    )
+    wanted = reference(make_recipe(plugins(), **sections), prepare_model=lambda model: change(model, **changes))
     for world_size in (1, 2) if stage == 3 else (2,):
         ranks = run(stage, world_size, {"variant": Variant(**changes)}, sections=sections)
         assert_within(compare(ranks[0], wanted), FP32)
