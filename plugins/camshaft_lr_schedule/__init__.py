@@ -6,7 +6,6 @@ arXiv:2404.06395) and constant, each after a linear warm-up. Claims nothing.
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -41,10 +40,18 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
-        """Refuse a warm-up longer than the run, and options that their type does not read."""
+        """Refuse a warm-up longer than the run, options that the type does not read, and a rate that never changes."""
         options, key = self.options, f"plugins.{self.name}"
         steps = context.recipe.training.max_steps
         problems = [] if steps is None else self._against_length(steps)
+        if not _changes(options):
+            problems.append(
+                camshaft.Problem(
+                    "the learning rate has the factor 1 in every step, as it has without a schedule",
+                    key=key,
+                    fix=f"remove {key}, give it a warm-up, or a type that decays",
+                )
+            )
         if options.warmup_ratio is not None and "warmup_steps" in options.model_fields_set:
             problems.append(
                 camshaft.Problem(
@@ -117,16 +124,8 @@ class Plugin(camshaft.Plugin):
 
         return factor(self.options, step, self.total)
 
-    @camshaft.hookimpl
-    def inert(self) -> str | None:
-        """A factor of 1 in every step is what a run has without a schedule. Every shape has it in a run of one step."""
-        from camshaft_lr_schedule.shapes import factor
 
-        # The ends first: nearly every shape differs from 1 there.
-        steps = itertools.chain((0, self.total - 1), range(self.total))
-        if self.total == 1 or any(factor(self.options, step, self.total) != 1.0 for step in steps):
-            return None
-        return (
-            f"the learning rate has the factor 1 in each of the run's {self.total} steps; give a warm-up, or a type "
-            "that decays"
-        )
+def _changes(options: Options) -> bool:
+    """Whether the factor differs from 1 anywhere in a long run; a short one may end before it does."""
+    warms_up = options.warmup_steps > 1 or bool(options.warmup_ratio)
+    return warms_up or (options.type != "constant" and options.min_lr_ratio < 1)

@@ -171,32 +171,10 @@ def test_a_process_asks_once_also_when_it_continues_a_run(make_recipe, monkeypat
 
 
 def test_the_place_in_the_recipe_is_told(make_recipe):
-    resolved = make_recipe({**SGD, "lr_schedule": {"type": "constant"}}, **THREE_STEPS)
     with pytest.raises(RecipeError) as caught:
-        train(resolved, 0, 1, None)
+        train(make_recipe(SGD, **THREE_STEPS), 0, 1, {"ddp": Asked("it slept")})
     (problem,) = caught.value.problems
     assert problem.file.endswith("recipe1.yaml") and problem.line is not None
-
-
-@pytest.mark.parametrize(
-    ("options", "steps", "inert"),
-    [
-        ({"type": "constant"}, 3, True),
-        ({"type": "constant", "warmup_steps": 1}, 3, True),
-        ({"type": "cosine", "min_lr_ratio": 1.0}, 3, True),
-        ({"type": "constant", "warmup_steps": 2}, 3, False),
-        ({"type": "constant", "warmup_ratio": 0.5}, 4, False),
-        ({"type": "wsd"}, 5, False),
-        ({"type": "linear"}, 2, False),
-        ({"type": "cosine"}, 1, False),
-    ],
-)
-def test_a_schedule_that_leaves_the_rate_alone_is_inert(make_recipe, options, steps, inert):
-    resolved = make_recipe({**SGD, "lr_schedule": options}, training={"max_steps": steps, "log_every": 1})
-    (found,) = problems(resolved)
-    assert [key for key, _, _ in found] == (["plugins.lr_schedule"] if inert else [])
-    if inert:
-        assert "has the factor 1 in each of the run's 3 steps" in found[0][1]
 
 
 @pytest.mark.parametrize(

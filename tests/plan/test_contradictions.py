@@ -44,3 +44,37 @@ def test_decay_of_embeddings_needs_decay():
     (problem,) = problems(2, *given, "plugins.adamw.decay_embeddings=true")
     assert problem.key == "plugins.adamw.decay_embeddings" and "does nothing without weight decay" in problem.message
     assert problems(2, "plugins.adamw.decay_embeddings=true") == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ("type: constant", True),
+        ("type: constant, warmup_steps: 1", True),
+        ("type: constant, warmup_ratio: 0.0", True),
+        ("type: cosine, min_lr_ratio: 1.0", True),
+        ("type: wsd, min_lr_ratio: 1.0", True),
+        ("type: constant, warmup_steps: 2", False),
+        ("type: constant, warmup_ratio: 0.5", False),
+        ("type: cosine, min_lr_ratio: 1.0, warmup_steps: 2", False),
+        ("type: wsd", False),
+        ("type: linear, min_lr_ratio: 0.9", False),
+    ],
+)
+def test_a_schedule_that_never_changes_the_rate_is_refused(options, refused):
+    found = problems(2, "plugins.lr_schedule=null", f"plugins.lr_schedule={{{options}}}")
+    assert [problem.key for problem in found] == (["plugins.lr_schedule"] if refused else [])
+    assert all("has the factor 1 in every step" in problem.message for problem in found)
+
+
+def test_a_schedule_that_a_short_run_does_not_reach_is_no_fault():
+    assert problems(2, "training.max_steps=1", "plugins.lr_schedule=null", "plugins.lr_schedule={type: cosine}") == ()
+
+
+def test_such_a_schedule_would_change_nothing_in_a_run_of_any_length():
+    from camshaft_lr_schedule import Options
+    from camshaft_lr_schedule.shapes import factor
+
+    for options in (Options(type="constant"), Options(type="wsd", min_lr_ratio=1.0, warmup_steps=1)):
+        assert {factor(options, step, 50) for step in range(50)} == {1.0}
+    assert {factor(Options(type="constant", warmup_steps=2), step, 50) for step in range(50)} == {0.5, 1.0}

@@ -82,7 +82,9 @@ def test_options_that_do_nothing_or_cannot_work_are_refused():
     assert problems(10, type="wsd", warmup_steps=9)[0].key == "plugins.lr_schedule.wsd_decay_ratio"
     assert problems(10, type="wsd", warmup_ratio=0.9)[0].key == "plugins.lr_schedule.wsd_decay_ratio"
     assert problems(10, type="wsd", warmup_steps=8) == ()
-    assert [p.key.rsplit(".", 1)[1] for p in problems(10, type="constant", min_lr_ratio=0.5, decay_steps=3)] == [
+    assert [
+        p.key.rsplit(".", 1)[1] for p in problems(10, type="constant", warmup_steps=2, min_lr_ratio=0.5, decay_steps=3)
+    ] == [
         "decay_steps",
         "min_lr_ratio",
     ]
