@@ -87,9 +87,13 @@ class Plugin(camshaft.Plugin):
         Raises:
             RecipeError: there is no hidden matrix, or an explicit pattern of ``exclude`` matches nothing.
         """
-        from camshaft_muon.choice import hidden_matrices
+        from camshaft_muon.choice import candidates
         from camshaft_muon.optimizer import Muon
 
-        explicit = "exclude" in self.options.model_fields_set
-        names = hidden_matrices(world, model, self.options.exclude, explicit, f"plugins.{self.name}.exclude")
-        return Muon(world, names, self.options)
+        options, key = self.options, f"plugins.{self.name}.exclude"
+        names = candidates(world, model, options.exclude, "exclude" in options.model_fields_set, key)
+        optimizer = Muon(world, names, options)
+        if not optimizer.hidden:
+            fix = "exclude less, or take another optimizer"
+            raise camshaft.RecipeError(camshaft.Problem("no hidden matrix is left that trains", key=key, fix=fix))
+        return optimizer

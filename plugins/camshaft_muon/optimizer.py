@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from camshaft.exchange import Arriving, Departing, Exchange, Held, Round
 from camshaft.models.groups import DECAYING
 from camshaft.parts import Part
+from camshaft_muon.choice import hidden
 from camshaft_muon.newton_schulz import cost, orthogonalize, scale
 
 if TYPE_CHECKING:
@@ -22,23 +23,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class Muon(Optimizer):
-    """Muon for the parameters ``names``, AdamW for all others.
+    """Muon for those of ``names`` that have two dimensions, AdamW for all others.
 
     State: ``momentum_buffer`` shaped like the tensor, or what torch's AdamW keeps. Parts that hold a hidden matrix
     beside others are split first. Construction and steps are collective over ``parts.channel``.
     """
 
     def __init__(self, world: World, names: Collection[str], options: Options) -> None:
-        parts = world.parts
-        parts.isolate({p.name for part in parts for p in part.pieces if part.role == "matrix" and p.name not in names})
-        self._parts, self._names, self._options = parts, frozenset(names), options
+        parts, self._names = world.parts, hidden(world.parts, names)
+        matrices = (piece.name for part in parts if part.role == "matrix" for piece in part.pieces)
+        parts.isolate(name for name in matrices if name not in self._names)
+        self._parts, self._options = parts, options
         super().__init__(self._groups(options), {})
         adam = options.adamw
         beta1, beta2 = adam.betas
         self._adamw = AdamW(self.param_groups[1:], lr=adam.lr, betas=(beta1, beta2), eps=adam.eps, fused=True)
         self._dtype = iteration_dtype(options.iteration_dtype, world.policy.master, world.device)
         limit = int(options.round_mb * 2**20) // self._dtype.itemsize
-        self._exchange = Exchange(parts, names, self._dtype, world.device, cost=cost, limit=max(limit, 1))
+        self._exchange = Exchange(parts, self._names, self._dtype, world.device, cost=cost, limit=max(limit, 1))
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """Names of all matrices that Muon updates, on whichever rank they lie."""
+        return frozenset(self._exchange.shapes)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # the engine gives no closure
