@@ -62,13 +62,38 @@ class Variant(Plugin):
         return model
 
 
-class Records(Plugin):
-    """Keeps every log record."""
+def overall(records, reference):
+    """Worst deviation of each kind over all steps, of all parameters together; of skipped steps, not of gradients.
 
-    def __init__(self):
-        super().__init__()
-        self.records = []
+    Tensors by relative L2 distance, of all parameters joined: under Adam a single parameter whose gradient nearly
+    cancels (a bias of keys) moves by the sign of noise. Names, and which have a gradient, must be equal.
+    """
+    worst = dict.fromkeys(("gradients", "weights", "exp_avg", "exp_avg_sq", "norm", "loss"), 0.0)
+    for got, wanted in zip(records, reference, strict=True):
+        assert (got.norm is None) == (wanted.norm is None), f"step {got.step} was skipped on one side only"
+        found = {"weights": joined(got.weights, wanted.weights), "loss": abs(got.loss - wanted.loss) / wanted.loss}
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[key] = joined(got.optimizer, wanted.optimizer, f"/{key}")
+        if wanted.norm is not None:
+            found["gradients"] = joined(got.gradients, wanted.gradients)
+            found["norm"] = abs(got.norm - wanted.norm) / wanted.norm
+        for key, value in found.items():
+            assert value == value, f"step {got.step}: {key} is NaN"
+            worst[key] = max(worst[key], value)
+    return worst
 
-    @hookimpl
-    def log(self, record):
-        self.records.append(dict(record))
+
+def joined(got, wanted, suffix=""):
+    """Relative L2 distance of two sets of tensors, each as one long vector."""
+    assert {name for name in got if got[name] is not None} == {name for name in wanted if wanted[name] is not None}
+    names = [name for name in wanted if name.endswith(suffix) and wanted[name] is not None]
+    one, other = (
+        torch.cat([side[name].double().flatten() for name in names or []] or [torch.zeros(1)]) for side in (got, wanted)
+    )
+    scale = float(other.norm())
+    return float((one - other).norm()) / scale if scale else float(one.norm())
+
+
+def assert_under(worst, bounds):
+    over = {key: (worst[key], bound) for key, bound in bounds.items() if not worst[key] <= bound}
+    assert not over, f"(found, bound): {over}"
