@@ -86,7 +86,7 @@ def _problems(everyone: list[Reasons], state: State) -> list[Problem]:
         Problem(
             f"did nothing by the end of step {state.step}{_where(members, len(everyone))}: {reason}",
             key=f"plugins.{name}",
-            fix=f"remove it, for example with plugins.{name}=null, or change what keeps it from working",
+            fix=f"change what the reason names, or remove it, for example with plugins.{name}=null",
         )
         for (name, reason), members in ranks.items()
     ]

@@ -236,6 +236,7 @@ class Trainer:
             self.stepper.post_step(state)
             if not asked:
                 asked = True
+                heartbeat.beat(state.step, "step")
                 effects.check(self.host, state, self.stepper.actors)
             if stopped:
                 break

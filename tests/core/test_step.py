@@ -242,7 +242,7 @@ def test_a_rank_tells_what_it_is_about_to_do(make_recipe):
     with session(resolved, ALONE, RunDirectory(resolved.recipe.run.dir)) as trainer:
         trainer.train(heartbeat, Quiet())
     window = ["step", "forward", "backward", "forward", "backward", "reduce", "clip", "optimizer"]
-    assert beats == [(0, "data"), *((0, phase) for phase in window), (1, "log"), (1, "save")]
+    assert beats == [(0, "data"), *((0, phase) for phase in window), (1, "log"), (1, "step"), (1, "save")]
     from camshaft.cli.launch.heartbeat import PHASES
 
     assert {phase for _, phase in beats} <= set(PHASES), "the heartbeat knows every name"
