@@ -4,7 +4,7 @@
 stay with their plugins, which see DeepSpeed's flat tensors as parts. DeepSpeed is imported when a run is built.
 
 Invariant: gradients are sums, as everywhere: DeepSpeed is told to sum (stages 0 to 2), or its average is multiplied
-back before backward (stage 3), and never divides by the accumulation. First values are those of every other row, in
+back (stage 3), and never divides by the accumulation. First values are those of every other row, in
 master weights unrounded; a parameter that no rank used in a window has no gradient, is not updated, and gets no state.
 
 With P parameters, N ranks and widths p, g (bytes of a parameter, a kept gradient) and 4 of each of the optimizer's k

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from camshaft_deepspeed.options import Options
 
 Config = dict[str, Any]
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ZERO_KEYS = {
     "prefetch_bucket_size": "stage3_prefetch_bucket_size",
     "persistence_threshold": "stage3_param_persistence_threshold",
@@ -29,7 +29,7 @@ def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, gpu: bo
     """What ``deepspeed.initialize`` gets.
 
     Gradients are summed, never averaged, because the engine has divided the loss already; stage 3 can only average,
-    and its loss is multiplied in return. Clipping and the learning rate stay with their plugins.
+    and its gradients are multiplied after it. Clipping and the learning rate stay with their plugins.
     """
     return {
         "train_batch_size": batch.global_batch_size,
@@ -37,7 +37,7 @@ def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, gpu: bo
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_allreduce_op": "mean" if options.stage == 3 else "sum",
         "gradient_clipping": 0.0,
-        "communication_data_type": _wire(policy),
+        "communication_data_type": NAMES[policy.reduce],
         "bf16": {"enabled": policy.param == torch.bfloat16 and options.stage > 0, "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": NAMES[policy.kept] if options.stage > 0 else None},
         "zero_allow_untested_optimizer": True,
@@ -76,11 +76,6 @@ def zero_section(options: Options, gpu: bool, *, wide: bool) -> Config:
             if place == "nvme":
                 section[name]["nvme_path"] = options.nvme_path
     return section
-
-
-def _wire(policy: Policy) -> str:
-    """fp64 has no name in DeepSpeed's configuration; the driver sets it where it is possible."""
-    return NAMES[torch.float32 if policy.reduce == torch.float64 else policy.reduce]
 
 
 def effective(config: Config) -> Config:

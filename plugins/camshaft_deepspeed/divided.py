@@ -57,11 +57,10 @@ class Divided(Engine):
             world.stored = stored_parts(model, world.roles, channel)
         self._shell.adopt(self._flats, found, world.parts)
 
-    def begin_backward(self, gradient: Tensor) -> Tensor:
-        """Stage 3 always averages over the ranks, where a sum is wanted."""
+    def begin_backward(self) -> None:
+        """DeepSpeed counts backwards when a forward begins; here it is told by the backward itself."""
         self._zero.clear_backward_seen_flag()
-        fresh = super().begin_backward(gradient)
-        return fresh * self._size if self._scatters else fresh
+        super().begin_backward()
 
     def reduce(self) -> None:
         """Show the reduced gradients as those of the parts; a parameter that nothing used has none."""
@@ -70,6 +69,9 @@ class Divided(Engine):
         if unused:
             parts.isolate(unused, self.state.optimizer)
         gradients = [self._stage.gradient(number, flat.tensor) for number, flat in enumerate(self._flats)]
+        if self._scatters and self._size > 1:
+            for gradient in gradients:
+                gradient.mul_(self._size)  # stage 3 always averages over the ranks, where a sum is wanted
         for part in parts:
             number = self._shell.flat_of(part)
             used = not any(piece.name in unused for piece in part.pieces)
@@ -81,7 +83,8 @@ class Divided(Engine):
         It does nothing where the norm is not finite; the core stops the run at the next record then.
         """
         super().step()
-        self.state.skipped = bool(self._zero.overflow)
+        if self._zero.overflow:
+            self.state.skipped = True
 
     def release(self) -> None:
         """Drop gradients, and sums that DeepSpeed would go on adding to."""

@@ -34,15 +34,14 @@ class Engine:
     def watch(self, loss: Tensor) -> Tensor:
         """Let the backward of ``loss`` begin with DeepSpeed's prologue."""
         if loss.requires_grad:
-            loss.register_hook(self.begin_backward)  # type: ignore[no-untyped-call]
+            loss.register_hook(lambda gradient: self.begin_backward())  # type: ignore[no-untyped-call]
         return loss
 
-    def begin_backward(self, gradient: Tensor) -> Tensor:
-        """Tell DeepSpeed whether this is the window's last backward; the gradient that goes into it is returned."""
+    def begin_backward(self) -> None:
+        """Tell DeepSpeed that a backward begins, and whether it is the window's last."""
         self.engine.set_gradient_accumulation_boundary(self.state.final_backward)
         self.usage.begin()
         self.engine._backward_prologue()
-        return gradient
 
     def end_backward(self) -> None:
         """DeepSpeed's epilogue: what is in buckets still is reduced."""

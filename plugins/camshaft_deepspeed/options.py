@@ -75,8 +75,8 @@ def problems(options: Options, context: PlanContext, key: str) -> Iterator[Probl
     yield from _options(options, key)
     yield from _mesh(context)
     precision = context.recipe.plugins.get("precision")
-    if options.stage and getattr(precision, "compute", None) == "fp64":
-        yield fp64_problem(options.stage, key)
+    if getattr(precision, "compute", None) == "fp64":
+        yield fp64_problem(key)
     if options.stage and getattr(precision, "parameters", None) == "fp16":
         yield fp16_problem(options.stage, key)
     if getattr(precision, "parameters", None) == "bf16" and getattr(precision, "gradients", None) == "fp32":
@@ -102,12 +102,12 @@ def _ignored(options: Options, key: str) -> Iterator[Problem]:
                 )
 
 
-def fp64_problem(stage: int, key: str) -> Problem:
-    """DeepSpeed's stages 1 to 3 make their master weights fp32, whatever the model's dtype is."""
+def fp64_problem(key: str) -> Problem:
+    """Its all-reduce takes no fp64 gradients, and its stages 1 to 3 make fp32 masters of whatever they are given."""
     return Problem(
-        f"stage {stage} of DeepSpeed keeps master weights and optimizer state in fp32, so fp64 would be rounded away",
+        "DeepSpeed has no fp64: it sums gradients and keeps master weights in fp32 at most",
         key="plugins.precision.compute",
-        fix=f"plugins.precision.compute=fp32, or {key}.stage=0, or plugins.zero in place of {key}",
+        fix=f"plugins.precision.compute=fp32, or plugins.zero or plugins.ddp in place of {key}",
     )
 
 

@@ -5,8 +5,6 @@ Narrow parameters have the core's masters here: DeepSpeed's own wrapper for bf16
 
 from __future__ import annotations
 
-import torch
-
 from camshaft.comm import Channel
 from camshaft.state import State
 from camshaft_deepspeed.config import Config
@@ -19,8 +17,6 @@ class Replicated(Engine):
 
     def __init__(self, state: State, config: Config, channel: Channel | None) -> None:
         super().__init__(state, state.optimizer, config)
-        if state.world.policy.reduce == torch.float64:
-            self.engine.communication_data_type = torch.float64
         self._named = dict(state.model.named_parameters())
         self.usage = Usage(state.model, channel, alike=False, every_backward=False)
 

@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,13 +97,30 @@ class Runtime:
 
 def load() -> None:
     """Import what DeepSpeed needs, without the warnings of modules that are of no use here."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _compilers_silenced():
         warnings.simplefilter("ignore")
         import deepspeed  # noqa: F401
 
         for name in LATE:
             with contextlib.suppress(ModuleNotFoundError):  # names change between DeepSpeed's versions
                 importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _compilers_silenced() -> Iterator[None]:
+    """DeepSpeed tries at its import which extensions a compiler could make; what does not link is no fault."""
+    if "deepspeed" in sys.modules:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _restore(target: Any, name: str, value: Any) -> None:
@@ -124,8 +143,8 @@ def check_machine(options: Options, policy: Policy, key: str) -> None:
         RecipeError: a dtype that DeepSpeed does not have.
         MachineError: the extension is not there and cannot be built.
     """
-    if options.stage and policy.master == torch.float64:
-        raise RecipeError(fp64_problem(options.stage, key))
+    if torch.float64 in (policy.master, policy.reduce):
+        raise RecipeError(fp64_problem(key))
     if options.stage and policy.param == torch.float16:
         raise RecipeError(fp16_problem(options.stage, key))
     if "nvme" in (options.offload_optimizer, options.offload_parameters):

@@ -25,11 +25,16 @@ def torch_adamw(model):
     return torch.optim.AdamW(groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
 
 
+def torch_slow(model):
+    return torch.optim.AdamW(groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+
+
 def torch_sgd(model):
     return torch.optim.SGD(groups(model, 0.01), lr=0.05, momentum=0.9)
 
 
-OPTIMIZERS = {"adamw": (ADAMW, torch_adamw), "sgd": (SGD, torch_sgd)}
+SLOW = {"adamw": ADAMW["adamw"] | {"lr": 1e-3}}
+OPTIMIZERS = {"adamw": (ADAMW, torch_adamw), "slow": (SLOW, torch_slow), "sgd": (SGD, torch_sgd)}
 
 
 def linear(step, total):
@@ -49,7 +54,7 @@ def plugins(stage=None, optimizer="adamw", precision=None, **options):
     }
 
 
-def reference(resolved, optimizer="adamw", compute="fp32", prepare_model=lambda model: None):
+def reference(resolved, optimizer="adamw", compute="fp32", prepare_model=lambda model: None, parameters=None):
     return plain_run(
         resolved,
         prepare(resolved),
@@ -58,6 +63,7 @@ def reference(resolved, optimizer="adamw", compute="fp32", prepare_model=lambda 
         max_norm=0.1,
         factor=linear,
         prepare=prepare_model,
+        parameters=parameters,
     )
 
 

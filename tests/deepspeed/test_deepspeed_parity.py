@@ -1,4 +1,4 @@
-"""Stages 0 to 3 against one plain process: gradients, norm, weights, state and loss, with uneven tokens and clipping."""
+"""Stages 0 to 3 against one plain process: gradients, norm, weights, state, loss; with uneven tokens and clipping."""
 
 import pytest
 import torch
