@@ -1,4 +1,4 @@
-"""``python -m tools.bench [overhead|data_parallel] [--blocks N] [--output FOLDER]``: print, write JSON and Markdown."""
+"""``python -m tools.bench [NAME ...] [--blocks N] [--output FOLDER]``: print, write JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +55,84 @@ def markdown(results: dict[str, Any]) -> str:
             for row in results["data_parallel"]
         ]
         parts.append("")
+    if "sharded_overhead" in results:
+        parts += sharded_overhead_table(results["sharded_overhead"])
+    if "sharded" in results:
+        parts += sharded_tables(results["sharded"])
     return "\n".join(parts)
+
+
+def sharded_overhead_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One row a contestant."""
+    verdict = {True: "met", False: "missed", None: ""}
+    return [
+        "## Sharded data parallel: overhead on one rank, llama-nano, fp32",
+        "",
+        "| case | contestant | us a step | over the bare loop, us (paired median) | at most | |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['contestant']} | {row['step_us']:.0f} | {row['over_bare_us']:+.0f} "
+            f"| {'' if row['target_us'] is None else format(row['target_us'], '.0f')} | {verdict[row['met']]} |"
+            for row in rows
+        ),
+        "",
+    ]
+
+
+def sharded_tables(results: dict[str, Any]) -> list[str]:
+    """Contestants, then targets."""
+    return [
+        "## Sharded data parallel: 2 ranks, one thread each, bf16 by autocast",
+        "",
+        "| case | contestant | ms a step | tokens/s | peak of tensors, MiB | growth of the process, MiB |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['contestant']} | {row['step_ms']:.1f} | {row['tokens_per_s']:.0f} "
+            f"| {row['tensors_mb']:.0f} | {row['resident_mb']:.0f} |"
+            for row in results["rows"]
+        ),
+        "",
+        "| case | ours | peer | our speed over it | at least | our peak memory over it | |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['ours']} | {row['peer']} | {row['speed']:.3f} | {row['wanted']} "
+            f"| {row['memory']:.3f} | {'met' if row['met'] else 'missed'} |"
+            for row in results["targets"]
+        ),
+        "",
+    ]
 
 
 def main() -> None:
     """Run what was asked for."""
+    names = ["overhead", "data_parallel", "sharded", "sharded_overhead"]
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
-    parser.add_argument("which", nargs="*", choices=["overhead", "data_parallel", []], default=[])
+    parser.add_argument("which", nargs="*", choices=[*names, []], default=[], metavar="NAME", help=", ".join(names))
     parser.add_argument("--blocks", type=int, help="timed blocks of each contestant")
-    parser.add_argument("--case", action="append", default=[], help="only this case of data_parallel; may be repeated")
+    parser.add_argument("--case", action="append", default=[], help="only this case; may be repeated")
+    parser.add_argument(
+        "--contestant", action="append", default=[], help="of the sharded ones, only this contestant; may be repeated"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of bench.json and bench.md")
-    arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from tools.bench import data_parallel, overhead
+    chosen = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "9"}  # one thread; the profiler keeps quiet
+    from tools.bench import data_parallel, overhead, sharded
 
-    benchmarks = {"overhead": overhead.run, "data_parallel": data_parallel.run}
+    benchmarks: dict[str, Callable[[], Any]] = {
+        "overhead": lambda: overhead.run(chosen.blocks, chosen.case),
+        "data_parallel": lambda: data_parallel.run(chosen.blocks, chosen.case),
+        "sharded": lambda: sharded.run(chosen.blocks, chosen.case, chosen.contestant),
+        "sharded_overhead": lambda: sharded.run_overhead(chosen.blocks, chosen.case, chosen.contestant),
+    }
     results: dict[str, Any] = {"machine": machine()}
-    for name in arguments.which or benchmarks:
-        results[name] = benchmarks[name](arguments.blocks, arguments.case)
+    for name in chosen.which or names:
+        results[name] = benchmarks[name]()
     text = markdown(results)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.output / "bench.md").write_text(text)
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    (chosen.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    (chosen.output / "bench.md").write_text(text)
     print(text)
-    print(f"written to {arguments.output}/bench.json and bench.md")
+    print(f"written to {chosen.output}/bench.json and bench.md")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
+from camshaft.data import prepare
 from camshaft.data.loader import Loader, Window
 from camshaft.distributed import Environment
 from camshaft.loop import Trainer, session
@@ -22,6 +24,8 @@ from camshaft.rundir import RunDirectory
 
 ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
 MAX_NORM = 1.0
+BUCKET_MB = 25.0
+"""Of everybody who has buckets: torch's DistributedDataParallel has it by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,11 @@ class Case:
     """Blocks of each contestant."""
 
 
-def recipe_of(case: Case, world_size: int, folder: Path, bucket_size_mb: float = 25.0) -> Resolved:
-    """Write and load the recipe of a case. Rows are packed without masks, so every window has the same weight."""
+def recipe_of(case: Case, world_size: int, folder: Path, data_parallel: dict[str, Any] | None = None) -> Resolved:
+    """Write and load the recipe of a case; ``data_parallel`` holds the plugin of that family and its options.
+
+    Rows are packed without masks, so every window has the same weight.
+    """
     tree = {
         "schema_version": 1,
         "name": case.name,
@@ -56,7 +63,7 @@ def recipe_of(case: Case, world_size: int, folder: Path, bucket_size_mb: float =
         "launch": {"device": "cpu", "threads_per_rank": 1},
         "run": {"dir": str(folder / "run")},
         "plugins": {
-            "ddp": {"bucket_size_mb": bucket_size_mb},
+            **(data_parallel or {"ddp": {"bucket_size_mb": BUCKET_MB}}),
             "adamw": ADAMW,
             "clip": {"max_norm": MAX_NORM},
             "precision": {"compute": case.compute},
@@ -85,13 +92,27 @@ def plain_model(resolved: Resolved) -> Llama:
     return model
 
 
-def plain_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    """Torch's fused AdamW over the groups that the recipe's plugin makes."""
+def plain_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The groups that the recipe's plugin makes: no decay of vectors."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     decay = float(str(ADAMW["weight_decay"]))
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def plain_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    """Torch's fused AdamW over them."""
+    return torch.optim.AdamW(plain_groups(model), lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+
+def plain_loader(resolved: Resolved, rank: int, world_size: int) -> Loader:
+    """The samples that the engine gives ``rank``, without the engine."""
+    checked = check(resolved, world_size).require()
+    assert checked.batch is not None
+    data = prepare(resolved).train
+    loader = Loader(data, checked.batch, index=rank, degree=world_size, seed=resolved.recipe.seed, stop=None)
+    loader.seek(0)
+    return loader
 
 
 def twin_loader(trainer: Trainer) -> Loader:
