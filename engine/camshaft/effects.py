@@ -14,12 +14,10 @@ from camshaft.hookspecs import FAMILIES
 from camshaft.host import Host
 from camshaft.state import State
 
-LATER = frozenset(
-    {
-        "plan", "estimate", "handlers", "inert", "log", "save", "state_dict", "load_state_dict", "post_load", "close",
-    }
-)  # fmt: skip
-"""Hooks that change nothing, or that need not have run when the first step ends."""
+LATER = frozenset({"plan", "estimate", "handlers", "inert", "state_dict", "load_state_dict", "post_load", "close"})
+"""Hooks that change nothing, or that need never run. Records are logged and checkpoints saved by every run that
+ends.
+"""
 
 Reasons = Mapping[str, str]
 """Plugin to why it had no effect."""

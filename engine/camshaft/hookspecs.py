@@ -242,7 +242,7 @@ class RunHooks:
 
         Called once, after the first step that a process runs; a reason on any rank stops the run on all. Without an
         implementation a plugin has had an effect if one of its hooks ran; those that run later, or only tell, do not
-        count: plan, estimate, log, save, state_dict, load_state_dict, post_load, close. Since hook API 1.
+        count: plan, estimate, handlers, state_dict, load_state_dict, post_load, close. Since hook API 1.
         """
         raise AssertionError
 

@@ -28,14 +28,18 @@ class OnlyTells(Plugin):
         return Plan()
 
     @hookimpl
-    def log(self, record): ...
-
-    @hookimpl
     def close(self): ...
 
 
+class Observer(Plugin):
+    """Its effect comes with the first record, which every run that ends has."""
+
+    @hookimpl
+    def log(self, record): ...
+
+
 class Later(OnlyTells):
-    """Its effect comes with a log record, and it says so."""
+    """Its effect comes later, and it says so."""
 
     @hookimpl
     def inert(self): ...
@@ -104,14 +108,16 @@ def resolved(make_recipe):
 
 
 def test_a_plugin_without_a_hook_that_runs_is_named_with_reason_and_fix(resolved):
-    ((first, second),) = problems(resolved, {"nothing": Nothing(), "tells": OnlyTells(), "asked": Asked(None)})
+    ((first, second),) = problems(
+        resolved, {"nothing": Nothing(), "tells": OnlyTells(), "asked": Asked(None), "observer": Observer()}
+    )
     key, message, fix = first
     assert key == "plugins.nothing" and "plugins.nothing=null" in fix
     assert (
         message
         == "did nothing by the end of step 1: it implements no hook, and nothing that runs before the first step ends"
     )
-    assert second[0] == "plugins.tells" and "it implements only plan, log, close" in second[1]
+    assert second[0] == "plugins.tells" and "it implements only plan, close" in second[1]
 
 
 def test_a_plugin_that_says_so_may_have_its_effect_later(resolved):
