@@ -36,6 +36,7 @@ __all__ = [
     "read_environment",
     "set_threads",
     "share_text",
+    "side_store",
     "threads_per_rank",
 ]
 
@@ -95,6 +96,18 @@ def _one_node_store(environment: Environment, timeout: timedelta) -> Store:
     store = FileStore(str(folder / "store"), environment.world_size)
     store.set_timeout(timeout)
     return cast("Store", store)
+
+
+def side_store(name: str) -> Store:
+    """A connection of its own to the store that the ranks met in, for keys under ``name``.
+
+    Threads may use it while the main thread waits in a collective. The default group must exist.
+    """
+    from torch.distributed import PrefixStore, distributed_c10d  # type: ignore[attr-defined]  # public, not re-exported
+
+    # torch has no public way to the store of a group before 2.13.
+    clone = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # the stubs leave it out
+    return cast("Store", PrefixStore(name, clone))
 
 
 def rendezvous_folder(environ: Mapping[str, str]) -> Path:

@@ -52,6 +52,12 @@ class MachineError(CamshaftError):
     exit_status = 3
 
 
+class RanksDiverged(CamshaftError):
+    """Ranks made different collectives: what one of them waits for, another will never send."""
+
+    exit_status = 3
+
+
 class CheckpointError(MachineError):
     """A checkpoint is torn, altered or does not fit; nothing has been loaded from it."""
 

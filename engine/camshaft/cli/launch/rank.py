@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn, TextIO
 
+from camshaft import ending
 from camshaft.cli.launch import exits, terminal, waiting
 from camshaft.cli.launch.heartbeat import Heartbeat
 from camshaft.cli.launch.logs import messages
@@ -174,6 +175,7 @@ def supervised(environment: Environment, work: Callable[[Station], int]) -> int:
     if environment.launcher == "none":
         return _alone(station, work)
     Watchdog(watch_list(front.process if front else None, environment.launcher), station.stop, station.force).start()
+    ending.register(lambda error: station.force(error.exit_status, "error", str(error)))
     try:
         if front is not None:
             station.enter(RunDirectory(front.run))
