@@ -20,7 +20,7 @@ class Stage:
 BUILD = Stage(
     "Build",
     (
-        "plan", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute", "compile_model",
+        "plan", "estimate", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute", "compile_model",
         "shard_storage", "materialize", "optimizer", "schedule", "handlers", "bind",
     ),
 )  # fmt: skip
@@ -34,7 +34,11 @@ STEP = (
     Stage("records", ("log",), "at intervals"),
     Stage("done", ("post_step",)),
 )
+FIRST = Stage("After step 1", ("inert",))
 SAVE = Stage("Save", ("save", "state_dict"))
 END = Stage("End", ("close",))
 
-RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, SAVE, END) for name in stage.hooks)
+PLAN_ONLY = frozenset({"estimate"})
+"""Hooks that ``camshaft plan`` calls, and a run does not."""
+
+RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, FIRST, SAVE, END) for name in stage.hooks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from tools.docs.inventory import KINDS, hooks
-from tools.docs.order import BUILD, END, OPEN, SAVE, STEP, Stage
+from tools.docs.order import BUILD, END, FIRST, OPEN, SAVE, STEP, Stage
 
 WIDTH, MARGIN, CHIP, GAP = 960, 20, 26, 8
 SIGN_WIDTH = 7.3  # of the monospaced face at 12 px, rounded up
@@ -85,6 +85,7 @@ def draw(palette: Palette) -> str:
     y = _band(canvas, y, BUILD, "once, phase after phase; inside a phase in recipe order", arrows=True)
     y = _band(canvas, y, OPEN, "once: continue an earlier run, open trackers", arrows=True)
     y = _step(canvas, y)
+    y = _band(canvas, y, FIRST, "once: why a plugin had no effect, which stops the run")
     y = _band(canvas, y, SAVE, "when a checkpoint is due, when the run is asked to stop, at its end")
     y = _band(canvas, y, END, "always, in reverse recipe order")
     body = "\n".join(canvas.elements)
