@@ -82,13 +82,15 @@ class Plugin(camshaft.Plugin):
         """
         from camshaft_deepspeed.config import deepspeed_config, write
         from camshaft_deepspeed.material import first_values
-        from camshaft_deepspeed.runtime import Runtime, check_machine
+        from camshaft_deepspeed.runtime import Runtime, check_disk, check_dtypes
 
+        key = f"plugins.{self.name}"
+        check_dtypes(self.options, world.policy, key)
         self._runtime = Runtime(world)
         self._config = deepspeed_config(self.options, world.policy, world.batch, world.device.type == "cuda")
         if world.is_main:
             write(self._config, world.run.path)
-        check_machine(self.options, world.policy, f"plugins.{self.name}")
+        check_disk(self.options, key)
         self._initial = first_values(model, world, self._config, self.options.stage)
 
     @camshaft.hookimpl

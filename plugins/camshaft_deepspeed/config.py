@@ -82,8 +82,14 @@ def effective(config: Config) -> Config:
     """``config`` with DeepSpeed's own defaults filled in; DeepSpeed reads it back as the same configuration."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    section = DeepSpeedZeroConfig(**config["zero_optimization"]).model_dump(mode="json", by_alias=True)
-    return {**config, "zero_optimization": {key: value for key, value in section.items() if value is not None}}
+    old = {
+        name
+        for name, field in DeepSpeedZeroConfig.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated")
+    }
+    filled = DeepSpeedZeroConfig(**config["zero_optimization"])
+    section = filled.model_dump(mode="json", by_alias=True, exclude=old, exclude_none=True)
+    return {**config, "zero_optimization": section}
 
 
 def write(config: Config, folder: Path) -> Path:

@@ -83,9 +83,7 @@ class Runtime:
                 f"DeepSpeed was loaded for '{get_accelerator().device_name()}' in this process, and the run is on "
                 f"'{world.device.type}': set DS_ACCELERATOR={world.device.type}"
             )
-        operations: dict[str, bool] = deepspeed.ops.__compatible_ops__
-        self._undo.callback(_restore, operations, KERNEL, operations.get(KERNEL))
-        operations[KERNEL] = False
+        self._switch_off(deepspeed.ops)
         for module, names in ((groups, GLOBALS), (comm, ("cdb",))):
             for name in names:
                 self._undo.callback(setattr, module, name, getattr(module, name))
@@ -94,9 +92,18 @@ class Runtime:
         groups._WORLD_GROUP = world.mesh.group("dp") or dist.group.WORLD
         deepspeed.init_distributed(dist_init_required=False)
 
+    def _switch_off(self, operations: Any) -> None:
+        """The extension counts as one that cannot be built; which others could be is not tried out for it."""
+        name = "__compatible_ops__"
+        before = vars(operations).get(name)
+        setattr(operations, name, {**(before or {}), KERNEL: False})
+        self._undo.callback(_restore, vars(operations), name, before)
+
 
 def load() -> None:
     """Import what DeepSpeed needs, without the warnings of modules that are of no use here."""
+    if "deepspeed" in sys.modules and all(name in sys.modules for name in LATE):
+        return
     with warnings.catch_warnings(), _compilers_silenced():
         warnings.simplefilter("ignore")
         import deepspeed  # noqa: F401
@@ -108,10 +115,7 @@ def load() -> None:
 
 @contextlib.contextmanager
 def _compilers_silenced() -> Iterator[None]:
-    """DeepSpeed tries at its import which extensions a compiler could make; what does not link is no fault."""
-    if "deepspeed" in sys.modules:
-        yield
-        return
+    """DeepSpeed tries out which extensions a compiler could make; what does not link is no fault."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -136,23 +140,32 @@ def _forget_filters(added: list[Any]) -> None:
             warnings.filters.remove(entry)  # type: ignore[attr-defined]  # a list, typed as a sequence
 
 
-def check_machine(options: Options, policy: Policy, key: str) -> None:
-    """What only shows when the run is built: the dtypes, and the extension that reads and writes disks.
+def check_dtypes(options: Options, policy: Policy, key: str) -> None:
+    """Dtypes of whatever plugin owns ``precision``.
 
     Raises:
-        RecipeError: a dtype that DeepSpeed does not have.
-        MachineError: the extension is not there and cannot be built.
+        RecipeError: one that DeepSpeed does not have.
     """
     if torch.float64 in (policy.master, policy.reduce):
         raise RecipeError(fp64_problem(key))
     if options.stage and policy.param == torch.float16:
         raise RecipeError(fp16_problem(options.stage, key))
-    if "nvme" in (options.offload_optimizer, options.offload_parameters):
-        from deepspeed.ops.op_builder import AsyncIOBuilder
 
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise MachineError(
-                f"{key} offloads to nvme, for which DeepSpeed builds an extension over libaio, and cannot here: "
-                "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), a C++ compiler and ninja, or offload "
-                "to cpu"
-            )
+
+def check_disk(options: Options, key: str) -> None:
+    """The extension that reads and writes disks.
+
+    Raises:
+        MachineError: it is not there and cannot be built.
+    """
+    if "nvme" not in (options.offload_optimizer, options.offload_parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with _compilers_silenced():
+        found = AsyncIOBuilder().is_compatible(verbose=False)
+    if not found:
+        raise MachineError(
+            f"{key} offloads to nvme, for which DeepSpeed builds an extension over libaio, and cannot here: "
+            "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora), a C++ compiler and ninja, or offload to cpu"
+        )
