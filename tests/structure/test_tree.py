@@ -25,6 +25,7 @@ PLAIN_WORDS = {
     "checkpoint": "what the slots save and load are for",
     "clip": "the slot and the program's action CLIP",
     "console": "rich's class for a terminal",
+    "deepspeed": "a launcher, and a package that doctor looks for",
     "jsonl": "a file format that the data reader knows",
     "precision": "the slot",
 }
@@ -111,6 +112,8 @@ def lines(path: Path) -> int:
 AREAS = {
     "recipe": ("recipe/", 2000),
     "machine": (("environment.py", "processes.py", "distributed.py", "rundir.py"), 1000),
+    "planning": (("claims.py", "estimate.py", "mesh.py", "effects.py"), 900),
+    "data movement": (("parts.py", "masters.py", "comm.py", "comm_exchange.py", "exchange.py", "sums.py"), 1200),
     "core": ("", 2000),
 }
 APART = ("models/", "data/", "testing/", "cli/")
