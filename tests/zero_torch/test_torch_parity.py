@@ -137,6 +137,13 @@ def test_ranks_that_hold_nothing_of_a_parameter(make_recipe):
     assert_parity(train(resolved, 4, {"variant": Variant(unused=True)}), wanted, BOUNDS["fp64"])
 
 
+@pytest.mark.parametrize("reduce", ["each", "last"])
+def test_zero_hands_its_third_stage_to_fully_shard(make_recipe, reduce):
+    wanted = reference(make_recipe, "adamw", "fp64", SHORT)
+    chosen = {**plugins(ADAMW, "fp64", None), "zero": {"stage": 3, "provider": "torch", "reduce": reduce}}
+    assert_parity(train(make_recipe(chosen, 2, **SHORT), 2), wanted, BOUNDS["fp64"])
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -21,8 +21,8 @@ CASES = (
     Case("larger", {"preset": "llama-small"}, 128, 4, 1, "bf16", steps=1, blocks=30),
 )
 OVERHEAD = (
-    Case("one microbatch", {"preset": "llama-nano"}, 32, 1, 1, "fp32", steps=25, blocks=60),
-    Case("four microbatches", {"preset": "llama-nano"}, 32, 1, 4, "fp32", steps=10, blocks=60),
+    Case("one-microbatch", {"preset": "llama-nano"}, 32, 1, 1, "fp32", steps=25, blocks=60),
+    Case("four-microbatches", {"preset": "llama-nano"}, 32, 1, 4, "fp32", steps=10, blocks=60),
 )
 LOSS_GAP = {"fp32": 1e-4, "bf16": 2e-3}
 """Largest relative difference of losses after the first block; bf16 rounds where sums are taken in another order."""
