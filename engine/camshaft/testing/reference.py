@@ -89,8 +89,7 @@ def plain_run(
         before = scaler.get_scale()
         scaler.step(chosen)
         scaler.update()
-        chosen.zero_grad()
-        _round(model, computing)
+        _end_step(model, computing)
         records.append(
             StepRecord(
                 step=step + 1,
@@ -113,10 +112,12 @@ def _move_gradients(computing: Module, model: Module) -> None:
             narrow.grad = None
 
 
-def _round(model: Module, computing: Module) -> None:
+def _end_step(model: Module, computing: Module) -> None:
     with torch.no_grad():
         for wide, narrow in zip(model.parameters(), computing.parameters(), strict=True):
-            narrow.copy_(wide)
+            wide.grad = None
+            if narrow is not wide:
+                narrow.copy_(wide)
 
 
 def _gradients(model: Module) -> dict[str, Tensor | None]:
