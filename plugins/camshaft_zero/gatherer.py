@@ -8,97 +8,28 @@ and read as NaN.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from camshaft.comm import Pending
 from camshaft_zero import grouping
 from camshaft_zero.grid import Grid
-from camshaft_zero.storage import Unit, nothing
+from camshaft_zero.seats import Order, Seat, Slot, Visit
+from camshaft_zero.storage import Unit
 
-
-class Slot:
-    """A buffer that units use in turn."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.buffer: Tensor | None = None
-        self.owner: Seat | None = None
-
-
-class Seat:
-    """A unit and its slot."""
-
-    def __init__(self, unit: Unit, slot: Slot) -> None:
-        self.unit, self.slot = unit, slot
-        slot.size = max(slot.size, unit.layout.size)
-        self.flat: Tensor | None = None
-        self.held = False
-        """Gathered, or being gathered."""
-        self.pending: Pending | None = None
-        self.users = 0
-        """Forwards and backwards that need the parameters now."""
-        self.backwards = 0
-        self.visits: list[Visit] = []
-        """Forwards that run now, the innermost last."""
-
-    def seat(self) -> None:
-        """Take views of the slot, once its size is settled."""
-        assert self.slot.buffer is not None
-        self.flat = self.slot.buffer[: self.unit.layout.size]
-        data = [(member.parameter, member.view(self.flat)) for member in self.unit.layout.members]
-        empty = [nothing(member.shape, self.flat.dtype, self.flat.device) for member in self.unit.layout.members]
-        self._views = data
-        self._empty = [(parameter, none) for (parameter, _), none in zip(data, empty, strict=True)]
-
-    def show(self) -> None:
-        for parameter, view in self._views:
-            parameter.data = view
-
-    def hide(self) -> None:
-        for parameter, none in self._empty:
-            parameter.data = none
-
-
-@dataclass(slots=True, eq=False)
-class Visit:
-    """One forward of a module, until its backward is over."""
-
-    seat: Seat
-    inputs: int = 0
-    """Inputs whose gradient has not come yet."""
-    counted: bool = False
-    """Whether it has inputs that tell when its backward is over."""
-    opened: bool = False
-    closed: bool = False
-
-
-@dataclass(slots=True)
-class Order:
-    """Seats in the order in which the first forward used them."""
-
-    seats: list[Seat] = field(default_factory=list)
-    learning: bool = True
-
-    def beside(self, seat: Seat, ahead: int, step: int) -> Iterator[Seat]:
-        """The next ``ahead`` seats in forward (``step`` 1) or backward (-1)."""
-        if seat in self.seats:
-            at = self.seats.index(seat)
-            for distance in range(1, ahead + 1):
-                place = at + step * distance
-                if 0 <= place < len(self.seats):
-                    yield self.seats[place]
+if TYPE_CHECKING:
+    from camshaft.state import State
 
 
 class Gatherer:
     """Gathers and frees the parameters of all units of a model around the forwards and backwards of its modules."""
 
-    def __init__(self, units: Sequence[Unit], grid: Grid, *, reshard: bool, prefetch: int) -> None:
-        self._grid, self._reshard, self._prefetch = grid, reshard, prefetch
+    def __init__(self, state: State, units: Sequence[Unit], grid: Grid, *, reshard: bool, prefetch: int) -> None:
+        self._state, self._grid, self._reshard, self._prefetch = state, grid, reshard, prefetch
+        self.over: Callable[[Unit], None] = lambda unit: None
+        """Told when the backward of a unit is over for a microbatch: in one order on all ranks, whatever each used."""
         self._seats = self._place(units)
         self._by_unit = {seat.unit: seat for seat in self._seats}
         self._order = Order()
@@ -142,7 +73,9 @@ class Gatherer:
     def _watch(self, module: Module, seats: list[Seat]) -> None:
         def before(_: Module, arguments: Any, named: Any) -> None:
             for seat in seats:
-                self._enter(seat, (arguments, named))
+                modules = seat.unit.modules
+                visit = Visit(seat, self._state.microbatch, module is modules[0], module is modules[-1])
+                self._enter(visit, (arguments, named))
 
         def after(_: Module, __: Any, output: Any) -> None:
             for seat in seats:
@@ -151,8 +84,8 @@ class Gatherer:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after))
 
-    def _enter(self, seat: Seat, inputs: Any) -> None:
-        visit = Visit(seat)
+    def _enter(self, visit: Visit, inputs: Any) -> None:
+        seat = visit.seat
         seat.visits.append(visit)
         self.gather(seat)
         seat.users += 1
@@ -173,8 +106,9 @@ class Gatherer:
     def _arrived(self, visit: Visit) -> Callable[[Tensor], None]:
         def arrived(_: Tensor) -> None:
             visit.inputs -= 1
-            if not visit.inputs:
+            if not visit.inputs and visit.opened and not visit.closed:
                 self._close(visit)
+                self._passed(visit)
 
         return arrived
 
@@ -184,14 +118,15 @@ class Gatherer:
         if seat.backwards:
             return
         if torch.is_grad_enabled():
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(self._opens(visit))  # type: ignore[no-untyped-call]
+            outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+            seat.due[visit.microbatch] += bool(outputs)
+            for tensor in outputs:
+                tensor.register_hook(self._opens(visit))  # type: ignore[no-untyped-call]
             if self._order.learning:
                 self._left.append(seat)
             if not self._reshard or seat in self._kept:
                 return
-        if not seat.users:
+        if visit.last and not seat.users:
             self.free(seat)
 
     def _opens(self, visit: Visit) -> Callable[[Tensor], None]:
@@ -218,15 +153,22 @@ class Gatherer:
             self._kept = {*inner[-1:], *around}
             self._left = []
 
+    def _passed(self, visit: Visit) -> None:
+        """Backward has left a module: fetch ahead what could not be fetched while it had the slot; tell of the unit."""
+        if self._open:
+            self._fetch_beside(self._open[-1].seat, -1)
+        seat = visit.seat
+        seat.due[visit.microbatch] -= 1
+        if not seat.due[visit.microbatch]:
+            self.over(seat.unit)
+
     def _close(self, visit: Visit) -> None:
-        if visit.closed or not visit.opened:
-            return
         visit.closed = True
         self._open.remove(visit)
         seat = visit.seat
         seat.users -= 1
         seat.backwards -= 1
-        if not seat.users:
+        if visit.first and not seat.users:
             self.free(seat)
 
     def _fetch_beside(self, seat: Seat, step: int) -> None:
@@ -292,6 +234,8 @@ class Gatherer:
         """Backward is over for everything."""
         for visit in list(self._open):
             self._close(visit)
+        for seat in self._seats:
+            seat.due.pop(self._state.microbatch, None)
 
     def forget(self) -> None:
         """Free everything: the parameters have changed, or are about to."""

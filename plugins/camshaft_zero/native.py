@@ -80,11 +80,12 @@ class Native(Storage):
         """Put hooks on parameters and modules."""
         options = self._options
         each = summed_each(options, self._placement)
-        self._reducer = Reducer(state, self.grid, self._trained, each=each, overlap=options.overlap)
+        self._reducer = Reducer(state, self.grid, self._trained, each=each, overlap=options.overlap, paced=self.divided)
         if self.divided:
-            prefetch = options.prefetch if options.overlap else 0
-            self._gatherer = Gatherer(self.units, self.grid, reshard=options.reshard_after_forward, prefetch=prefetch)
+            prefetch, reshard = options.prefetch if options.overlap else 0, options.reshard_after_forward
+            self._gatherer = Gatherer(state, self.units, self.grid, reshard=reshard, prefetch=prefetch)
             self._reducer.completed = self._gatherer.completed
+            self._gatherer.over = self._reducer.over
         else:
             in_order = sorted(self._trained, key=lambda unit: -unit.index)  # buckets were made in backward's order
             self._publisher = Publisher(in_order, self.grid, options.overlap)

@@ -66,13 +66,16 @@ class Reducer:
 
     With ``each`` a unit's gradients are summed after every microbatch and only this rank's stretch is kept; otherwise
     the full gradients stay until the window's last backward. Sums start in one order on all ranks, whatever each rank
-    used.
+    used; with ``paced`` also at the same places between gathers: where ``over`` is told so, not where gradients come.
     """
 
-    def __init__(self, state: State, grid: Grid, units: Sequence[Unit], *, each: bool, overlap: bool) -> None:
+    def __init__(
+        self, state: State, grid: Grid, units: Sequence[Unit], *, each: bool, overlap: bool, paced: bool = False
+    ) -> None:
         self._state, self._grid, self._policy = state, grid, state.world.policy
-        self._each, self._overlap = each and not grid.alone, overlap
+        self._each, self._overlap, self._paced = each and not grid.alone, overlap, paced
         self._fillings = [Filling(unit, None if self._each else self._buffer(unit.layout.size)) for unit in units]
+        self._by_unit = {filling.unit: filling for filling in self._fillings}
         self._order = list(self._fillings)
         self._seen: list[Filling] | None = []
         self._next = 0
@@ -129,9 +132,18 @@ class Reducer:
         )
 
     def _complete(self, filling: Filling) -> None:
+        self.completed(filling.unit)
+        if not self._paced:
+            self._over(filling)
+
+    def over(self, unit: Unit) -> None:
+        """The backward of ``unit`` is over for this microbatch, on all ranks alike."""
+        if unit in self._by_unit:
+            self._over(self._by_unit[unit])
+
+    def _over(self, filling: Filling) -> None:
         if self._seen is not None:
             self._seen.append(filling)
-        self.completed(filling.unit)
         if self._each or self._state.final_backward:
             filling.complete = True
             if self._overlap or self._each:
@@ -174,9 +186,9 @@ class Reducer:
         return True
 
     def end_backward(self) -> None:
-        """After each backward: take what no hook took, and with ``each`` sum the units that did not fill up."""
+        """After each backward: take what no hook took, and sum the units that did not fill up."""
         self._take_batched()
-        if self._each:
+        if self._each or self._state.final_backward:
             self._start_rest()
         for filling in self._fillings:
             filling.ready = 0
@@ -215,8 +227,6 @@ class Reducer:
 
     def finish(self) -> set[str]:
         """Wait until every sum is there; names of parameters that no rank used in this window."""
-        if not self._each:
-            self._start_rest()
         while self._settle_oldest():
             pass
         self._sum_copies()
