@@ -76,9 +76,12 @@ class Plugin(camshaft.Plugin):
     Options = Options
 
     @camshaft.hookimpl
-    def plan(self) -> camshaft.Plan:
+    def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
         """Newton-Schulz needs whole matrices."""
-        return camshaft.Plan(requires=("whole_parameters",))
+        from camshaft_muon.memory import moments
+
+        usual = self.options.exclude == Options.model_fields["exclude"].default
+        return camshaft.Plan(requires=("whole_parameters",), moments=moments(context.recipe) if usual else None)
 
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:

@@ -83,13 +83,16 @@ def linear(step, total):
 UNTIED = {"tie_word_embeddings": False, "attention_bias": True}
 
 
+ACCUMULATION = {1: 6, 2: 3, 3: 2, 4: 3}
+
+
 @pytest.fixture
 def run(make_recipe, monkeypatch):
     """(recorded ranks, the textbook's records) of an optimizer under a storage."""
     flat_shards.install(monkeypatch)
 
-    def go(optimizer, world_size, *, tied, storage=None, changed=True):
-        settings, build = CASES[optimizer] if isinstance(optimizer, str) else optimizer
+    def go(optimizer, world_size, *, tied, storage=None, **parallel):
+        settings, build = CASES[optimizer]
         sections = {} if tied else {"model": make_recipe(plugins(settings)).tree["model"] | UNTIED}
         plain = make_recipe(plugins(settings), 1, **sections)
         reference = plain_run(
@@ -99,11 +102,11 @@ def run(make_recipe, monkeypatch):
             compute="fp64",
             max_norm=0.1,
             factor=linear,
-            prepare=change if changed else lambda model: None,
+            prepare=change,
         )
         chosen = plugins(settings, storage)
-        resolved = make_recipe(chosen, world_size, accumulation=12 // (world_size * 2), **sections)
-        return record_ranks(resolved, world_size, {"variant": Variant()} if changed else None), reference
+        resolved = make_recipe(chosen, world_size, accumulation=ACCUMULATION[world_size], **sections, **parallel)
+        return record_ranks(resolved, world_size, {"variant": Variant()}), reference
 
     return go
 
@@ -145,4 +148,16 @@ def test_zero_changes_nothing(run, optimizer, zero):
     world_size = 3 if zero["stage"] == 2 else 2
     storage = {"ddp": None, "zero": zero | ({} if zero["stage"] == 3 else {"bucket_size_mb": 0.01})}
     ranks, reference = run(optimizer, world_size, tied=zero["stage"] != 3, storage=storage)
+    check(ranks, reference)
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "muon"])
+@pytest.mark.parametrize("kind", ["hybrid", "torch"])
+def test_two_by_two_ranks_and_torchs_storage_change_nothing(run, optimizer, kind):
+    """Hybrid: two replicas of two shards each, so the sums and the exchange run twice. torch: shards by rows."""
+    sections = {"parallel": {"data_parallel_shard": 2}} if kind == "hybrid" else {}
+    zero = {"stage": 2} if kind == "hybrid" else {"stage": 3, "provider": "torch"}
+    storage = {"ddp": None, "zero": zero}
+    world_size = 4 if kind == "hybrid" else 2
+    ranks, reference = run(optimizer, world_size, tied=False, storage=storage, **sections)
     check(ranks, reference)

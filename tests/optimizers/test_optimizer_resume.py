@@ -1,0 +1,93 @@
+"""State of Lion, LAMB and Muon moves between layouts and numbers of ranks through checkpoints, and goes on the same."""
+
+import pytest
+import torch
+
+from camshaft.data import prepare
+from camshaft.models.llama import Llama
+from camshaft.models.roles import owned_parameters, role
+from camshaft.recipe import check
+from camshaft.testing.compare import assert_bit_equal, assert_within, compare
+from camshaft.testing.run import record_ranks
+from camshaft_muon.memory import hidden_elements, moments
+
+BOUNDS = dict.fromkeys(("gradients", "norm", "weights", "optimizer", "loss"), 1e-12) | {"lr": 1e-15}
+OPTIMIZERS = {
+    "lion": {"lr": 1e-3},
+    "lamb": {"lr": 0.02},
+    "muon": {"lr": 0.01, "adamw": {"lr": 2e-3}, "round_mb": 0.01},
+}
+ZERO3 = {"ddp": None, "zero": {"stage": 3}}
+ZERO1 = {"ddp": None, "zero": {"stage": 1}}
+PLAIN = {"ddp": None}
+
+
+def recipe(make, optimizer, layout, world_size, steps, tmp_path, resume="auto"):
+    plugins = {
+        **layout,
+        optimizer: OPTIMIZERS[optimizer],
+        "clip": {"max_norm": 0.1},
+        "precision": {"compute": "fp64"},
+        "checkpoint": {"every_steps": 6, "resume": str(resume)},
+    }
+    folder = tmp_path / f"{world_size}-{steps}-{resume == 'auto'}"
+    return make(
+        plugins,
+        world_size,
+        accumulation=2,
+        training={"max_steps": steps, "log_every": 1},
+        run={"dir": str(folder)},
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, ZERO3), (1, PLAIN)), ((1, PLAIN), (3, ZERO1)), ((2, ZERO1), (2, ZERO3))],
+    ids=["zero3-to-plain", "plain-to-zero1", "zero1-to-zero3"],
+)
+def test_a_run_goes_on_in_another_layout(make_recipe, tmp_path, optimizer, before, after):
+    straight = recipe(make_recipe, optimizer, PLAIN, 1, 12, tmp_path)
+    prepare(straight)
+    (reference,) = record_ranks(straight, 1)
+    first = recipe(make_recipe, optimizer, before[1], before[0], 6, tmp_path)
+    record_ranks(first, before[0])
+    second = recipe(make_recipe, optimizer, after[1], after[0], 12, tmp_path, resume=first.recipe.run.dir)
+    ranks = record_ranks(second, after[0])
+    assert [record.step for record in ranks[0]] == [7, 8, 9, 10, 11, 12], "it went on"
+    assert_within(compare(ranks[0], reference[6:]), BOUNDS)
+    for other in ranks[1:]:
+        assert_bit_equal(ranks[0], other)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "qk_norm": True}])
+def test_the_plan_tells_what_muon_keeps(make_recipe, changes):
+    plain = make_recipe({"muon": {"lr": 0.01}})
+    resolved = make_recipe({"muon": {"lr": 0.01}}, model=plain.tree["model"] | changes)
+    config = check(resolved, 1).require().config
+    with torch.device("meta"):
+        model = Llama(config)
+    sizes = {each.name: each.parameter.numel() for each in owned_parameters(model)}
+    kinds = {each.name: role(each) for each in owned_parameters(model)}
+    hidden = sum(size for name, size in sizes.items() if kinds[name] == "matrix" and name != "lm_head.weight")
+    assert hidden_elements(config) == hidden > 0
+    kept = moments(resolved.recipe)
+    assert kept is not None and round(kept * sum(sizes.values())) == 2 * sum(sizes.values()) - hidden
+
+
+@pytest.mark.parametrize(("optimizer", "bound"), [("lion", 0.0), ("lamb", 1e-6), ("muon", 0.0)])
+def test_narrow_parameters_with_wide_masters(make_recipe, optimizer, bound):
+    """bf16 parameters: whole fp32 masters of the core and divided ones give the same weights; LAMB's norms differ by
+    the order in which pieces are added."""
+    precision = {"compute": "bf16", "parameters": "bf16", "gradients": "bf16", "reduce": "bf16"}
+    runs = []
+    for layout in ({}, ZERO1, ZERO3):
+        plugins = {**layout, optimizer: OPTIMIZERS[optimizer], "precision": precision}
+        resolved = make_recipe(plugins, 2, accumulation=1, training={"max_steps": 3, "log_every": 1})
+        prepare(resolved)
+        ranks = record_ranks(resolved, 2)
+        assert_bit_equal(*ranks)
+        runs.append(ranks[0])
+    for records in runs:
+        assert all(value.dtype == torch.float32 for value in records[-1].weights.values())
+        assert_within(compare(records, runs[0]), {"gradients": 0.0, "weights": bound, "optimizer": 1e-6})
