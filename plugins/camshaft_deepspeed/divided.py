@@ -41,8 +41,9 @@ class Divided(Engine):
         self._stage = stage_of(self._zero)
         self._flats = self._stage.flats(state.model)
         self._publish(initial, channel)
-        late = options.offload_optimizer != "none" or (options.stage == 1 and bool(options.overlap_comm))
-        self.usage = Usage(state.model, channel, alike=True, every_backward=late)
+        self._takes_last = options.offload_optimizer != "none" or (options.stage == 1 and bool(options.overlap_comm))
+        self._reduces_each = options.stage > 1
+        self.usage = Usage(state.model, channel)
 
     def _publish(self, initial: Mapping[str, Initial], channel: Channel | None) -> None:
         """Let the world and the client see DeepSpeed's flat tensors."""
@@ -62,9 +63,18 @@ class Divided(Engine):
         self._zero.clear_backward_seen_flag()
         super().begin_backward()
 
+    def end_backward(self) -> None:
+        """See that all ranks have the same to reduce, and reduce it."""
+        final = self.state.final_backward
+        if final or self._reduces_each:
+            self.usage.check_ranks(window=not self._reduces_each)
+        if final and self._takes_last:
+            self.usage.check_last()
+        super().end_backward()
+
     def reduce(self) -> None:
         """Show the reduced gradients as those of the parts; a parameter that nothing used has none."""
-        unused = self.usage.settle()
+        unused = self.usage.unused(everywhere=False)
         parts = self.state.world.parts
         if unused:
             parts.isolate(unused, self.state.optimizer)

@@ -18,11 +18,11 @@ class Replicated(Engine):
     def __init__(self, state: State, config: Config, channel: Channel | None) -> None:
         super().__init__(state, state.optimizer, config)
         self._named = dict(state.model.named_parameters())
-        self.usage = Usage(state.model, channel, alike=False, every_backward=False)
+        self.usage = Usage(state.model, channel)
 
     def reduce(self) -> None:
         """Take away the zeros that DeepSpeed makes of a gradient that no rank has."""
-        for name in self.usage.settle():
+        for name in self.usage.unused(everywhere=True):
             self._named[name].grad = None
 
     def release(self) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from deepspeed_cases import plugins, reference
+from deepspeed_cases import BF16, plugins, reference
 
 from camshaft.models.init import values
 from camshaft.models.roles import Initial
@@ -11,10 +11,6 @@ from camshaft.testing.run import record_ranks
 
 SHORT = {"training": {"max_steps": 8, "log_every": 1}}
 NARROW = {"compute": "bf16", "parameters": "bf16"}
-BF16 = {"gradients": 5e-2, "norm": 2e-3, "weights": 2e-3, "optimizer": 2e-2, "loss": 1e-4}
-"""At this rate, against a plain bf16 model beside fp32 masters, whose whole window is one backward: a window of three
-rounds its sums twice more (bf16 has 8 bits). Measured: gradients 2.4e-2 (of a parameter whose gradient nearly cancels),
-norm 8e-4, weights 1e-3, moments 1.1e-2, loss 3.9e-5."""
 
 
 @pytest.mark.parametrize("gradients", [None, "fp32"])
