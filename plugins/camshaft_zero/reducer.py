@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from camshaft_zero.storage import Unit
 AT_ONCE = 1 << 14
 """Elements from which a gradient is copied as soon as it is there, while it is in the processor's cache."""
 
+UNDER_WAY = 2
+"""Units whose gradients are in the dtype of the wire at the same time, where that is not the one they are kept in."""
+
 
 class Filling:
     """A unit's gradients of the backward that runs, or of the window.
 
-    ``buffer`` [layout.size] in the param dtype; None while nothing has been written (then it is taken from the pool).
+    ``buffer`` [layout.size] in the dtype in which backward adds up; None while nothing has been written (then it is
+    taken from the pool).
     """
 
     def __init__(self, unit: Unit, buffer: Tensor | None) -> None:
@@ -74,6 +78,8 @@ class Reducer:
     ) -> None:
         self._state, self._grid, self._policy = state, grid, state.world.policy
         self._each, self._overlap, self._paced = each and not grid.alone, overlap, paced
+        # Of one microbatch, or of the sum over all of them.
+        self._dtype = self._policy.param if self._each else self._policy.kept
         self._fillings = [Filling(unit, None if self._each else self._buffer(unit.layout.size)) for unit in units]
         self._by_unit = {filling.unit: filling for filling in self._fillings}
         self._order = list(self._fillings)
@@ -81,7 +87,8 @@ class Reducer:
         self._next = 0
         self._started: list[tuple[Filling, Pending | None, Tensor, Tensor | None]] = []
         self._pool = Pool(max((unit.layout.size for unit in units), default=0), self._buffer, self._settle_oldest)
-        self._flags: Tensor | None = None
+        count = sum(filling.expected for filling in self._fillings)
+        self._flags = torch.ones(count, dtype=torch.int32, device=state.world.device)
         self._flags_pending: Pending | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._batched: list[tuple[Filling, int, Member]] = []
@@ -92,9 +99,10 @@ class Reducer:
                 self._watch(filling, index, member)
 
     def _buffer(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=self._policy.param, device=self._state.world.device)
+        return torch.zeros(size, dtype=self._dtype, device=self._state.world.device)
 
     def _watch(self, filling: Filling, index: int, member: Member) -> None:
+        member.parameter.grad_dtype = self._dtype
         on_host = self._state.world.device.type == "cpu"
         if self._grid.alone and not (on_host and member.size >= AT_ONCE):
             self._batched.append((filling, index, member))
@@ -107,6 +115,8 @@ class Reducer:
 
         def ready(parameter: Tensor) -> None:
             if each:
+                if filling.fresh[index]:
+                    raise self._twice(member.name)
                 if filling.buffer is None:
                     filling.take(self._pool)
                 filling.views[index].copy_(parameter.grad)  # type: ignore[arg-type]  # it was just accumulated
@@ -127,8 +137,8 @@ class Reducer:
 
     def _twice(self, name: str) -> RuntimeError:
         return RuntimeError(
-            f"the gradient of '{name}' came after its unit was full: backward made some gradient twice, as reentrant "
-            "activation checkpointing does with a shared parameter; use use_reentrant=False"
+            f"the gradient of '{name}' came after its unit was full, or twice: backward made some gradient twice, as "
+            "reentrant activation checkpointing does with a shared parameter; use use_reentrant=False"
         )
 
     def _complete(self, filling: Filling) -> None:
@@ -160,7 +170,9 @@ class Reducer:
         source, unit, borrowed = filling.source(), filling.unit, None
         if self._each:  # the next microbatch may fill this unit before the sum is there
             borrowed, filling.buffer = filling.buffer, None
-        if source.dtype != self._policy.reduce and not self._grid.alone:
+        if source.dtype != self._policy.reduce and self._grid.inner is not None:
+            while len(self._started) >= UNDER_WAY and self._settle_oldest():
+                pass
             source = source.to(self._policy.reduce)
         begin, end = self._grid.stretch(unit.layout.size)
         chunk, pending = source[begin:end], None
@@ -176,7 +188,7 @@ class Reducer:
         if pending is not None:
             pending.wait()
         if borrowed is None:
-            filling.total = chunk
+            filling.total = chunk if chunk.dtype == self._dtype else chunk.clone()  # and let go of the whole
         elif filling.total is None:
             filling.total = chunk.to(self._policy.kept, copy=True)
         else:
@@ -221,9 +233,20 @@ class Reducer:
         """Begin to ask whether a parameter that this rank did not use was used by another."""
         if self._grid.everyone is None:
             return
-        flags = [int(used) for filling in self._fillings for used in filling.used]
-        self._flags = torch.tensor(flags, dtype=torch.int32, device=self._state.world.device)
+        self._flags.fill_(1)
+        for index, _ in self._missing():
+            self._flags[index] = 0
         self._flags_pending = self._grid.everyone.all_reduce(self._flags, "reduce", op="max")
+
+    def _missing(self) -> Iterator[tuple[int, str]]:
+        """Place among the flags, and name, of each parameter that this rank had no gradient of in this window."""
+        first = 0
+        for filling in self._fillings:
+            if not all(filling.used):
+                for index, used in enumerate(filling.used):
+                    if not used:
+                        yield first + index, filling.unit.layout.members[index].name
+            first += filling.expected
 
     def finish(self) -> set[str]:
         """Wait until every sum is there; names of parameters that no rank used in this window."""
@@ -237,9 +260,11 @@ class Reducer:
         outer = self._grid.outer
         if outer is None:
             return
-        under_way = []
+        under_way: list[tuple[Filling, Pending, Tensor]] = []
         for filling in self._fillings:
             assert filling.total is not None
+            if len(under_way) == UNDER_WAY:
+                self._take_copies(*under_way.pop(0))
             wide = filling.total.to(self._policy.reduce)
             if self._grid.divided:
                 size = wide.numel() // self._grid.slices
@@ -247,27 +272,23 @@ class Reducer:
                 under_way.append((filling, outer.reduce_scatter(own, wide, "reduce"), own))
             else:
                 under_way.append((filling, outer.all_reduce(wide, "reduce"), wide))
-        for filling, pending, result in under_way:
-            pending.wait()
-            filling.total = result
+        for each in under_way:
+            self._take_copies(*each)
+
+    def _take_copies(self, filling: Filling, pending: Pending, result: Tensor) -> None:
+        pending.wait()
+        filling.total = result if result.dtype == self._policy.kept else self._keep(filling, result)
 
     def _unused(self) -> set[str]:
-        local = [
-            (member.name, used)
-            for filling in self._fillings
-            for member, used in zip(filling.unit.layout.members, filling.used, strict=True)
-        ]
         if self._flags_pending is not None:
             self._flags_pending.wait()
             self._flags_pending = None
-        missing = [index for index, (_, used) in enumerate(local) if not used]
-        if not missing:
-            return set()
-        if self._flags is None:
-            return {local[index][0] for index in missing}
+        missing = list(self._missing())
+        if not missing or self._grid.everyone is None:
+            return {name for _, name in missing}
         # Reading the flags waits for the device; only a parameter without a local gradient pays for it.
         found = self._flags.tolist()
-        return {local[index][0] for index in missing if not found[index]}
+        return {name for index, name in missing if not found[index]}
 
     def gradient(self, index: int) -> Tensor:
         """What was summed for the master values of a unit, in the master dtype; [end - begin] elements."""
