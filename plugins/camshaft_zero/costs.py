@@ -68,8 +68,8 @@ def _buffers(
         found.append(("units that are gathered", sum(taken.values()) * widths.param))
     if each:
         found.append(("full gradients of units on their way", GRADIENT_BUFFERS * largest * widths.param))
-    if widths.reduce != widths.param and divisor > 1:
-        found.append(("gradients in the dtype of the wire, of one unit", largest * widths.reduce))
+    if widths.reduce != (widths.param if each else widths.gradient) and divisor > 1:
+        found.append(("gradients in the dtype of the wire, of two units", 2 * largest * widths.reduce))
     return found
 
 
