@@ -203,7 +203,7 @@ class Unhandled(Plugin):
     def schedule(self, mesh, rank, microbatches):
         from camshaft.program import accumulate
 
-        return (Action(Kind.SEND, 0), *accumulate(microbatches))
+        return (Action(Kind.SEND_F, 0), *accumulate(microbatches))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ class Unhandled(Plugin):
         (Forgets(), "hook 'state_dict': saves state, but has no load_state_dict"),
         (WrongModel(), "hook 'build_model': must return a Module, got str"),
         (Takes(), "hook 'handlers': action F already belongs to 'core'"),
-        (Unhandled(), "the program has actions that nobody runs: SEND"),
+        (Unhandled(), "the program has actions that nobody runs: SEND_F"),
     ],
 )
 def test_a_plugin_that_breaks_the_contract_is_named(make_recipe, plugin, words):
