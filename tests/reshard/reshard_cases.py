@@ -22,12 +22,15 @@ from camshaft.testing.record import Probe, StepRecord, optimizer_state, weights
 from camshaft.testing.run import Quiet
 
 HALF, END = 3, 6
-LATE = {"adamw": 2, "sgd": 0}
+LATE = {"adamw": 2, "sgd": 0, "lion": 2, "lamb": 2, "muon": 2}
 """Step of the first gradient of ``late`` and ``gate``: their count of steps stays behind the others'. torch's fused SGD
 cannot begin with some of its parameters later."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
     "sgd": {"sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}},
+    "lion": {"lion": {"lr": 1e-3}},
+    "lamb": {"lamb": {"lr": 3e-3}},
+    "muon": {"muon": {"lr": 3e-3}},
 }
 
 
