@@ -24,7 +24,7 @@ class Options(camshaft.Options):
     stage: Literal[0, 1, 2, 3] = 2
     """0: all-reduce alone; 1: optimizer state divided over `dp`; 2: gradients too; 3: parameters too."""
     offload_optimizer: Place = "none"
-    """Keep master weights and optimizer state in host memory, or with stage 3 on a disk, and step there."""
+    """Keep master weights and optimizer state in host memory, and step there; nvme is refused, with the reason."""
     offload_parameters: Place = "none"
     """With stage 3: keep the parameters' shards in host memory, or on a disk, until they are gathered."""
     nvme_path: str | None = None
@@ -129,11 +129,15 @@ def _options(options: Options, key: str) -> Iterator[Problem]:
                 key=f"{key}.{name}",
                 fix=f"remove it, or {key}.stage={stages[-1]}",
             )
-    if options.offload_optimizer == "nvme" and options.stage in (1, 2):
+    if options.offload_optimizer == "nvme" and options.stage:
         yield Problem(
-            f"stage {options.stage} of DeepSpeed takes nvme for cpu: only stage 3 writes to a disk",
+            "stages 1 and 2 of DeepSpeed take nvme for cpu"
+            if options.stage < 3
+            else "DeepSpeed would keep master weights, moments and gradients in files between uses, where clipping, "
+            "checkpoints and other plugins cannot reach them",
             key=f"{key}.offload_optimizer",
-            fix=f"{key}.offload_optimizer=cpu, or {key}.stage=3",
+            fix=f"{key}.offload_optimizer=cpu; parameters can lie on a disk with {key}.stage=3 "
+            f"{key}.offload_parameters=nvme",
         )
     places = (options.offload_optimizer, options.offload_parameters)
     if "nvme" in places and options.nvme_path is None:

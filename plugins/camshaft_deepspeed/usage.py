@@ -83,7 +83,7 @@ class Usage:
         return frozenset(name for number, name in enumerate(self._names) if number not in used)
 
     def _flags(self, numbers: set[int], hook: str) -> Tensor:
-        """bool [2, parameters]: whether any rank has it in ``numbers``, whether any has not. Collective, 2 bytes each."""
+        """bool [2, parameters]: whether any rank has it in ``numbers``, and whether any has not. 2 bytes each."""
         assert self._channel is not None
         flags = torch.zeros(2, len(self._names), dtype=torch.uint8)
         flags[1] = 1
