@@ -155,7 +155,7 @@ class ZeroRedundancy(Ddp):
 
 
 class FullyShard(Bare):
-    """``fully_shard`` of each layer and the root, gradients summed in the last microbatch of a window."""
+    """``fully_shard`` of each layer and the root; sums gradients in each microbatch, as our stages and DeepSpeed's do."""
 
     keep, narrow_gathers = False, False
 
@@ -174,11 +174,9 @@ class FullyShard(Bare):
         return model, plain_optimizer(model)
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Say whether this backward reduces; parameters that are kept stay until the window is over."""
-        if self.job.case.accumulation > 1:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-            if self.keep:
-                self.model.set_reshard_after_backward(last)  # type: ignore[operator]
+        """Parameters that are kept stay until the window is over."""
+        if self.keep and self.job.case.accumulation > 1:
+            self.model.set_reshard_after_backward(last)  # type: ignore[operator]
         return nullcontext()
 
 

@@ -132,7 +132,11 @@ class _Server:
         self._cpu = time.process_time()
 
     def steps(self, count: int) -> tuple[float, float, float]:
-        """Seconds a step from a barrier to the slowest rank's end, last loss, processor time used while waiting."""
+        """Seconds a step from a barrier to the slowest rank's end, last loss, processor time used while waiting.
+
+        The step before the clock starts warms caches up, and leaves to the first timed one what a step leaves to its
+        successor (a gather under way); so the last timed one, whose successor comes later, gains nothing by it.
+        """
         assert self._contestant is not None
         idle = time.process_time() - self._cpu
         self._contestant.steps(1)
