@@ -149,7 +149,8 @@ def _find_single(targets: Targets, saved: Saved, part: Part, key: str, group: Ma
     targets.faults += [f"{full}: not in the checkpoint as a single number" for full in sorted(missing)]
     targets.placed |= names - missing
     if not missing:
-        number = saved.numbers[saved.full(part.pieces[0].name, key)]
+        number, *others = (saved.numbers[full] for full in names)
+        assert all(torch.equal(number, other) for other in others), "keep_apart divided what has other numbers"
         targets.created.append((part.tensor, key, number.to(_device(key, part.tensor, group), copy=True)))
 
 
