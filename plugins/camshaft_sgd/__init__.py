@@ -61,4 +61,9 @@ class Plugin(camshaft.Plugin):
 
         options = self.options
         groups = decay_groups(world.parts, options.weight_decay)
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True)
+        if options.momentum:
+            from camshaft_sgd.late import fill_momentum
+
+            sgd.register_step_pre_hook(fill_momentum)
+        return sgd

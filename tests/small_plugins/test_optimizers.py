@@ -98,3 +98,33 @@ def test_nesterov_without_momentum_is_refused():
     plugin = SGD(SGDOptions(lr=1.0, nesterov=True))
     plugin.name = "sgd"
     assert plugin.plan().problems[0].key == "plugins.sgd.nesterov"
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_parameter_with_a_late_first_gradient_gets_its_momentum_as_in_torch(nesterov):
+    """torch's fused step refuses a group in which some have momentum and some have none."""
+
+    def train(make):
+        model = Small()
+        torch.nn.init.ones_(model.linear.weight)
+        optimizer = make(model)
+        for step in range(4):
+            for name, parameter in model.named_parameters():
+                late = name == "linear.weight" and step < 2
+                parameter.grad = None if late else torch.full_like(parameter, 0.5 + step)
+            optimizer.step()
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def ours(model):
+        plugin = SGD(SGDOptions(lr=0.1, momentum=0.9, nesterov=nesterov))
+        return plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES)), model)
+
+    def plain(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False)
+
+    torch.manual_seed(0)
+    one = train(ours)
+    torch.manual_seed(0)
+    other = train(plain)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=0)
