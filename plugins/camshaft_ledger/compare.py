@@ -84,15 +84,17 @@ def _describe(records: Records, found: Difference) -> str:
 
 
 def _trust(records: Records, rank: int, item: Item) -> tuple[int, bool]:
-    """How many ranks did the same as ``rank`` in this place, and whether the step before had it there too."""
+    """How many ranks did the same as ``rank`` in this place, and whether it did so in a step before."""
     same = sum(item in _items(record, item.step) for record in records.values())
-    return same, item in _usual(records[rank], item)
+    return same, _usual(records[rank], item, item.entry)
 
 
-def _usual(record: Record, item: Item) -> list[Item]:
-    """What the step before did, as if it had been the step of ``item``; empty where that is not known."""
-    before = [each for each in _items(record, item.step - 1) if each.step == item.step - 1]
-    return [each._replace(step=item.step) for each in before]
+def _usual(record: Record, item: Item, *run: Entry | None) -> bool:
+    """Whether, in a step before, these calls followed what comes before ``item``; None is the step's end."""
+    earlier = [each.entry for each in _items(record, 0) if each.step < item.step]
+    before = [each.entry for each in _items(record, item.step) if each.step == item.step and each.number < item.number]
+    wanted = [*before[-1:], *run]
+    return any(earlier[place : place + len(wanted)] == wanted for place in range(len(earlier)))
 
 
 def _accuse(records: Records, wrong: int, item: Item, right: int, expected: Item) -> str:
@@ -111,10 +113,12 @@ def _accuse(records: Records, wrong: int, item: Item, right: int, expected: Item
 
 
 def _left_out(records: Records, item: Item, right: int, expected: Item) -> bool:
-    """Whether ``item`` is what comes after ``expected``: on the other rank, or in the step before."""
-    next_one = item._replace(step=expected.step, number=expected.number + 1)
-    usual = _usual(records[right], expected)
-    return next_one in _items(records[right], expected.step) or (expected in usual and next_one in usual)
+    """Whether ``item`` is what comes after ``expected``: on the other rank, or in a step before."""
+    following = (each for each in _items(records[right], expected.step) if each.number == expected.number + 1)
+    after = next(following, None)
+    if after is not None and after.entry == item.entry:
+        return True
+    return _usual(records[right], expected, expected.entry, item.entry)
 
 
 def _over(records: Records, rank: int, item: Item) -> str:

@@ -1,14 +1,14 @@
 """Collectives that libraries start inside: DTensor, fully_shard, DDP's C++ reducer, DeepSpeed, plain torch.distributed.
 
 Every call on a process group, from Python or C++, goes through an operator of torch's ``c10d`` namespace. While a
-``Tap`` is open, each of those has a kernel in Python in front of its own, for CPU and CUDA.
+``Tap`` is open, each of those has a kernel in Python on its way, at the one dispatch key that no context excludes
+(autograd's would be missed below autograd), and that none of these operators uses.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ _OPERATORS = {
     "recv_any_source_": _Shape("recv", 0),
     "barrier": _Shape("barrier", None),
 }
-_KEYS = ("CPU", "CUDA")
+_KEY = "BackendSelect"
 
 
 class Tap:
@@ -83,30 +83,28 @@ class Tap:
         self._library: torch.library.Library | None = None
 
     def open(self) -> None:
-        """Put the kernels in front."""
+        """Put the kernels in the way."""
         self._library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
         for name, shape in _OPERATORS.items():
-            for key in _KEYS:
-                self._put(self._library, name, shape, key)
+            if hasattr(torch.ops.c10d, name):
+                self._put(self._library, name, shape)
 
     def close(self) -> None:
-        """Take them back: without its library a kernel is gone, and torch's own is in its place again."""
+        """Take them back: without its library a kernel is gone."""
         self._library = None
 
-    def _put(self, library: torch.library.Library, name: str, shape: _Shape, key: str) -> None:
-        try:
-            own = torch.library.get_kernel(f"c10d::{name}", key)
-        except RuntimeError:  # this torch has no such operator, or none for such a device
-            return
+    def _put(self, library: torch.library.Library, name: str, shape: _Shape) -> None:
+        operator = getattr(torch.ops.c10d, name).default
+        here = getattr(torch._C.DispatchKey, _KEY)
 
         def kernel(keyset: Any, *arguments: Any) -> Any:
             if not comm.starting():
                 self._told(_read(shape, arguments))
-            return own.call_boxed(keyset, *arguments)
+            # This lets go of the interpreter's lock, as torch.distributed does: with it gloo would block for good,
+            # since its threads need it to free tensors while they hold the lock of the queue.
+            return operator.redispatch(keyset.remove(here), *arguments)
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a kernel is replaced is the intention
-            library.impl(name, kernel, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+        library.impl(name, kernel, _KEY, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _read(shape: _Shape, arguments: Sequence[Any]) -> Started:

@@ -58,9 +58,8 @@ class Watcher:
             limit = time.monotonic() + limit_s
             while time.monotonic() < limit:
                 self.publish()
-                text = self._verdict() or diverged(self._records())
-                if text:
-                    return self._settle(text)
+                if self._verdict() or diverged(self._records()):
+                    return self._settle()
                 time.sleep(0.05)
         return None
 
@@ -91,9 +90,9 @@ class Watcher:
             self._ask()
         if self._answer() or stalled:
             self.publish()
-        text = self._verdict() or (diverged(self._records()) if stalled else None)
-        if text and not self._stop.is_set():
-            text = self._settle(text)
+        differ = bool(self._verdict()) or (stalled and diverged(self._records()) is not None)
+        if differ and not self._stop.is_set():
+            text = self._settle()
             self.wait_for_others()
             if not self._stop.is_set():
                 ending.end(RanksDiverged(text))
@@ -135,6 +134,15 @@ class Watcher:
     def _verdict(self) -> str:
         return self._store.get("verdict").decode() if self._there("verdict") else ""
 
-    def _settle(self, text: str) -> str:
-        """The first verdict is everybody's."""
-        return bytes(self._store.compare_set("verdict", "", text)).decode()
+    def _settle(self) -> str:
+        """What all ranks will say: the first verdict, after everybody had the time to answer.
+
+        Two ranks show that they differ; it takes all of them to tell which one is wrong.
+        """
+        if not self._verdict():
+            self._ask()
+            limit = time.monotonic() + 3 * POLL_S
+            while time.monotonic() < limit and not self._verdict():
+                time.sleep(0.05)
+            self._store.compare_set("verdict", "", diverged(self._records()) or "")
+        return self._verdict()
