@@ -155,7 +155,7 @@ class ZeroRedundancy(Ddp):
 
 
 class FullyShard(Bare):
-    """``fully_shard`` of each layer and the root; sums gradients in each microbatch, as our stages and DeepSpeed's do."""
+    """``fully_shard`` of each layer and the root; sums gradients in each microbatch, as our stages and DeepSpeed do."""
 
     keep, narrow_gathers = False, False
 
