@@ -1,4 +1,4 @@
-"""State of Lion, LAMB and Muon moves between layouts and numbers of ranks through checkpoints, and goes on the same."""
+"""State of Adafactor, Lion, LAMB and Muon moves between layouts through checkpoints, and goes on the same."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from camshaft_muon.memory import hidden_elements, moments
 
 BOUNDS = dict.fromkeys(("gradients", "norm", "weights", "optimizer", "loss"), 1e-12) | {"lr": 1e-15}
 OPTIMIZERS = {
+    "adafactor": {"lr": 2e-3, "scale_by_weights": True},
     "lion": {"lr": 1e-3},
     "lamb": {"lr": 0.02},
     "muon": {"lr": 0.01, "adamw": {"lr": 2e-3}, "round_mb": 0.01},
@@ -40,11 +41,17 @@ def recipe(make, optimizer, layout, world_size, steps, tmp_path, resume="auto"):
     )
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [((2, ZERO3), (1, PLAIN)), ((1, PLAIN), (3, ZERO1)), ((2, ZERO1), (2, ZERO3))],
-    ids=["zero3-to-plain", "plain-to-zero1", "zero1-to-zero3"],
+    ("optimizer", "before", "after"),
+    [
+        pytest.param("adafactor", (2, ZERO1), (1, PLAIN), id="adafactor-zero1-to-plain"),
+        pytest.param("lion", (2, ZERO3), (3, ZERO1), id="lion-zero3-to-zero1"),
+        pytest.param("lamb", (2, ZERO3), (1, PLAIN), id="lamb-zero3-to-plain"),
+        pytest.param("lamb", (1, PLAIN), (3, ZERO1), id="lamb-plain-to-zero1"),
+        pytest.param("muon", (3, ZERO1), (1, PLAIN), id="muon-zero1-to-plain"),
+        pytest.param("muon", (1, PLAIN), (2, ZERO3), id="muon-plain-to-zero3"),
+        pytest.param("muon", (2, ZERO3), (3, ZERO1), id="muon-zero3-to-zero1"),
+    ],
 )
 def test_a_run_goes_on_in_another_layout(make_recipe, tmp_path, optimizer, before, after):
     straight = recipe(make_recipe, optimizer, PLAIN, 1, 12, tmp_path)
@@ -75,7 +82,7 @@ def test_the_plan_tells_what_muon_keeps(make_recipe, changes):
     assert kept is not None and round(kept * sum(sizes.values())) == 2 * sum(sizes.values()) - hidden
 
 
-@pytest.mark.parametrize(("optimizer", "bound"), [("lion", 0.0), ("lamb", 1e-6), ("muon", 0.0)])
+@pytest.mark.parametrize(("optimizer", "bound"), [("adafactor", 1e-6), ("lion", 0.0), ("lamb", 1e-6), ("muon", 0.0)])
 def test_narrow_parameters_with_wide_masters(make_recipe, optimizer, bound):
     """bf16 parameters: whole fp32 masters of the core and divided ones give the same weights; LAMB's norms differ by
     the order in which pieces are added."""

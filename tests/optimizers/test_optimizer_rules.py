@@ -15,6 +15,8 @@ from camshaft.masters import whole_parts
 from camshaft.parts import Part, Parts, Piece
 from camshaft.recipe import check
 from camshaft.testing.ranks import run_ranks
+from camshaft_adafactor import Options as AdafactorOptions
+from camshaft_adafactor import Plugin as Adafactor
 from camshaft_adamw import Options as AdamWOptions
 from camshaft_adamw import Plugin as AdamW
 from camshaft_lamb import Options as LambOptions
@@ -225,6 +227,7 @@ def test_vectors_may_have_a_trust_ratio_too():
 
 
 PLUGINS = {
+    "adafactor": Adafactor(AdafactorOptions(lr=0.01)),
     "adamw": AdamW(AdamWOptions(lr=0.01)),
     "sgd": SGD(SGDOptions(lr=0.01, momentum=0.9)),
     "lion": Lion(LionOptions(lr=0.01)),
@@ -282,7 +285,10 @@ def test_a_rank_with_nothing_at_all_takes_its_step(name):
     assert all(run_ranks(2, everything_on_rank_0, name))
 
 
-@pytest.mark.parametrize(("optimizer", "fact"), [("muon", "whole_parameters"), ("lamb", "parameter_sums")])
+NEEDS = [("muon", "whole_parameters"), ("lamb", "parameter_sums"), ("adafactor", "parameter_sums")]
+
+
+@pytest.mark.parametrize(("optimizer", "fact"), NEEDS)
 def test_storage_that_does_not_give_it_is_named(make_recipe, monkeypatch, optimizer, fact):
     flat_shards.install(monkeypatch)
     enough = {"flat_shards": {"gives": [fact]}, optimizer: {"lr": 0.01}}
@@ -290,4 +296,15 @@ def test_storage_that_does_not_give_it_is_named(make_recipe, monkeypatch, optimi
     (problem,) = check(make_recipe({**enough, "flat_shards": {"gives": []}}, 2), 2).problems
     assert f"'{optimizer}' needs '{fact}', which 'flat_shards'" in problem.message
     assert problem.key == f"plugins.{optimizer}" and "flat_shards" in problem.fix
-    assert check(make_recipe({"lion": {"lr": 0.01}, "flat_shards": {"gives": []}}, 2), 2).problems == ()
+    for alone in ({"lion": {"lr": 0.01}}, {"adafactor": {"lr": 0.01, "clip_threshold": None}}):
+        assert check(make_recipe({**alone, "flat_shards": {"gives": []}}, 2), 2).problems == ()
+
+
+def test_adafactor_without_sizes_asks_for_no_sums():
+    model = Small(torch.float64)
+    before = model.up.weight.detach().clone()
+    optimizer = build(Adafactor(AdafactorOptions(lr=0.1, clip_threshold=None)), model)
+    gradients(model, 0)
+    optimizer.step()
+    # In the first step the second moment is the square, so that each element moves by the rate.
+    assert torch.allclose(before - model.up.weight, 0.1 * model.up.weight.grad.sign(), rtol=1e-12, atol=1e-12)

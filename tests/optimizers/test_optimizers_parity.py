@@ -1,4 +1,4 @@
-"""Lion, LAMB and Muon on one process, and divided unevenly over 2 and 3, against their papers' formulas in fp64."""
+"""Adafactor, Lion, LAMB and Muon on one process, and divided unevenly over 2 and 3, against their papers' formulas in fp64."""
 
 import flat_shards
 import pytest
@@ -44,6 +44,12 @@ def lamb(model):
     return textbook.Textbook([decaying, {**plain, "adapt": False}])
 
 
+def adafactor(limit, scaled, lr):
+    return lambda model: textbook.Textbook(
+        textbook.split(model, textbook.adafactor, lr=lr, weight_decay=0.1, limit=limit, scaled=scaled)
+    )
+
+
 def muon(model):
     names = {parameter: name for name, parameter in model.named_parameters()}
     decaying, plain = textbook.split(model, textbook.adamw, **ADAM)
@@ -60,6 +66,11 @@ def muon_options(**options):
 
 
 CASES = {
+    "adafactor": ({"adafactor": {"lr": 2e-3, "weight_decay": 0.1, "clip_threshold": 0.5}}, adafactor(0.5, False, 2e-3)),
+    "adafactor-scaled": (
+        {"adafactor": {"lr": 0.02, "weight_decay": 0.1, "scale_by_weights": True}},
+        adafactor(1.0, True, 0.02),
+    ),
     "lion": ({"lion": {"lr": 1e-3}}, lion),
     "lamb": ({"lamb": {"lr": 0.02}}, lamb),
     "muon": (muon_options(), muon),
@@ -81,13 +92,17 @@ def linear(step, total):
 
 
 UNTIED = {"tie_word_embeddings": False, "attention_bias": True}
-
-
 ACCUMULATION = {1: 6, 2: 3, 3: 2, 4: 3}
 
 
+@pytest.fixture(scope="module")
+def known():
+    """References that were computed already."""
+    return {}
+
+
 @pytest.fixture
-def run(make_recipe, monkeypatch):
+def run(make_recipe, monkeypatch, known):
     """(recorded ranks, the textbook's records) of an optimizer under a storage."""
     flat_shards.install(monkeypatch)
 
@@ -95,18 +110,14 @@ def run(make_recipe, monkeypatch):
         settings, build = CASES[optimizer]
         sections = {} if tied else {"model": make_recipe(plugins(settings)).tree["model"] | UNTIED}
         plain = make_recipe(plugins(settings), 1, **sections)
-        reference = plain_run(
-            plain,
-            prepare(plain),
-            build,
-            compute="fp64",
-            max_norm=0.1,
-            factor=linear,
-            prepare=change,
-        )
+        if (optimizer, tied) not in known:
+            data = prepare(plain)
+            known[optimizer, tied] = plain_run(
+                plain, data, build, compute="fp64", max_norm=0.1, factor=linear, prepare=change
+            )
         chosen = plugins(settings, storage)
         resolved = make_recipe(chosen, world_size, accumulation=ACCUMULATION[world_size], **sections, **parallel)
-        return record_ranks(resolved, world_size, {"variant": Variant()}), reference
+        return record_ranks(resolved, world_size, {"variant": Variant()}), known[optimizer, tied]
 
     return go
 
@@ -125,8 +136,10 @@ def test_one_process_follows_the_textbook(run, optimizer, tied):
     check(ranks, reference)
 
 
-@pytest.mark.parametrize("optimizer", CASES)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("optimizer", "world_size"),
+    [(name, size) for name in CASES for size in (2, 3) if (name, size) not in {("lion", 2), ("adafactor-scaled", 3)}],
+)
 def test_divided_parts_change_nothing(run, optimizer, world_size):
     """Frozen, tied and unused parameters, accumulation, clipping; parts that are empty on some rank."""
     storage = {"flat_shards": {"empty_gradients": world_size == 2}}
@@ -136,13 +149,13 @@ def test_divided_parts_change_nothing(run, optimizer, world_size):
     assert "unused.weight" in last.weights and not any(key.startswith("unused") for key in last.optimizer)
 
 
-@pytest.mark.parametrize("optimizer", CASES)
+@pytest.mark.parametrize("optimizer", ["lamb", "muon"])
 def test_replicas_change_nothing(run, optimizer):
     ranks, reference = run(optimizer, 2, tied=False)
     check(ranks, reference)
 
 
-@pytest.mark.parametrize("optimizer", CASES)
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "lamb", "muon"])
 @pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2}, {"stage": 3}], ids=["zero1", "zero2", "zero3"])
 def test_zero_changes_nothing(run, optimizer, zero):
     world_size = 3 if zero["stage"] == 2 else 2

@@ -53,6 +53,17 @@ def lamb(x, g, state, group):
     x.copy_(x - group["lr"] * ratio * u)
 
 
+def adafactor(x, g, state, group):
+    """Shazeer and Stern, algorithm 6 with the second moment of algorithm 4 without its factors."""
+    t = state["step"] = state.get("step", torch.zeros(())) + 1
+    b2 = 1 - float(t) ** -0.8
+    v = state["exp_avg_sq"] = b2 * state.get("exp_avg_sq", 0) + (1 - b2) * (g * g + 1e-30)
+    u = g / v.sqrt()
+    u = u / max(1.0, float((u * u).mean()) ** 0.5 / group["limit"])
+    scale = max(1e-3, float((x * x).mean()) ** 0.5) if group["scaled"] else 1.0
+    x.copy_(x - group["lr"] * group["weight_decay"] * x - group["lr"] * scale * u)
+
+
 def muon(x, g, state, group):
     """Jordan et al. 2024, with the momentum as torch writes it (an average)."""
     mu = group["momentum"]
