@@ -1,4 +1,4 @@
-"""Adafactor, Lion, LAMB and Muon on one process, and divided unevenly over 2 and 3, against their papers' formulas in fp64."""
+"""Adafactor, Lion, LAMB and Muon against their papers' formulas in fp64: one process, and divided over several."""
 
 import flat_shards
 import pytest
