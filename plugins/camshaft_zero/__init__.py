@@ -58,7 +58,7 @@ class Plugin(camshaft.Plugin):
             return Plan(problems=tuple(problems))
         problems += refusals(self.options, placement, context, key)
         resources: list[Resource] = ["gradient.layout", "gradient.reduce", "optimizer.layout"]
-        if placement.parameters:
+        if placement.parameters or self.options.provider == "torch":
             resources.append("parameter.layout")
         return Plan(
             claims=tuple(Claim(resource, "dp") for resource in resources),

@@ -126,12 +126,15 @@ def refusals(options: Options, placement: Placement, context: PlanContext, key: 
     if "bucket_size_mb" in given and placement.parameters:
         found.append(_without("units are modules where parameters are divided", "bucket_size_mb", key, "unit_size_mb"))
     if options.provider == "torch":
-        found += _torch_refusals(options, placement, key)
+        found += _torch_refusals(options, placement, context, key)
     return found
 
 
-def _torch_refusals(options: Options, placement: Placement, key: str) -> list[Problem]:
+def _torch_refusals(options: Options, placement: Placement, context: PlanContext, key: str) -> list[Problem]:
     found = []
+    if context.mesh["dp"].degree == 1:
+        message = "provider: torch divides over data ranks, and there is one"
+        found.append(Problem(message, key=f"{key}.provider", fix=f"start more processes, or set {key}.provider=native"))
     if not placement.gradients or placement.optimizer_outer:
         message = "provider: torch divides gradients and optimizer, or parameters too, along the axis of shards only"
         found.append(Problem(message, key=f"{key}.provider", fix=f"set {key}.provider=native, or {key}.stage=2 or 3"))
