@@ -69,7 +69,7 @@ class WithGain(nn.Module):
         chosen = (self.lengths >= self.range.start) & (self.lengths < self.range.stop)
         if not bool(chosen.any()):
             return hidden
-        return hidden + 0.02 * chosen[:, None, None] * self.gain
+        return hidden + 0.02 * chosen[:, None, None].to(hidden.dtype) * self.gain
 
 
 class Picky(Llama):
@@ -126,15 +126,21 @@ def groups(model, decay):
     return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def torch_adamw(model):
-    return torch.optim.AdamW(groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+def torch_adamw(model, lr=3e-3):
+    return torch.optim.AdamW(groups(model, 0.1), lr=lr, betas=(0.9, 0.95), eps=1e-8)
 
 
 def torch_sgd(model):
     return torch.optim.SGD(groups(model, 0.01), lr=0.05, momentum=0.9)
 
 
-OPTIMIZERS = {"adamw": (ADAMW, torch_adamw), "sgd": (SGD, torch_sgd)}
+SLOW = {"adamw": {**ADAMW["adamw"], "lr": 1e-3}}
+OPTIMIZERS = {
+    "adamw": (ADAMW, torch_adamw),
+    "sgd": (SGD, torch_sgd),
+    # With bf16 parameters: at 3e-3 the training of this small model amplifies noise, on one process as well.
+    "slow adamw": (SLOW, lambda model: torch_adamw(model, 1e-3)),
+}
 
 
 def linear(step, total):
