@@ -4,7 +4,7 @@ import pytest
 import torch
 from zero_cases import assert_parity, reference, train
 
-from camshaft.testing.compare import assert_bit_equal, assert_within, compare
+from camshaft.testing.compare import assert_within, compare
 
 AUTOCAST, NARROW = {"compute": "bf16"}, {"compute": "bf16", "parameters": "bf16"}
 WIDE_SUMS = {**NARROW, "gradients": "fp32"}
