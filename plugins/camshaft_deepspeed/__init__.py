@@ -80,14 +80,20 @@ class Plugin(camshaft.Plugin):
             RecipeError: the precision is none that DeepSpeed has.
             MachineError: offloading to nvme needs an extension that cannot be built here.
         """
-        from camshaft_deepspeed.config import deepspeed_config, write
+        from camshaft_deepspeed.config import deepspeed_config, disk_folder, write
         from camshaft_deepspeed.material import first_values
         from camshaft_deepspeed.runtime import Runtime, check_disk, check_dtypes
 
         key = f"plugins.{self.name}"
         check_dtypes(self.options, world.policy, key)
         self._runtime = Runtime(world)
-        self._config = deepspeed_config(self.options, world.policy, world.batch, world.device.type == "cuda")
+        self._config = deepspeed_config(
+            self.options,
+            world.policy,
+            world.batch,
+            gpu=world.device.type == "cuda",
+            disk=disk_folder(self.options, world.run.path),
+        )
         if world.is_main:
             write(self._config, world.run.path)
         check_disk(self.options, key)

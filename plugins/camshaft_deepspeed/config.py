@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,14 @@ ZERO_KEYS = {
 PLAIN = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size")
 
 
-def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, gpu: bool) -> Config:
+def disk_folder(options: Options, run: Path) -> str | None:
+    """A run's own folder for what it keeps on a disk: DeepSpeed empties it at the start, whoever's it was."""
+    if options.nvme_path is None:
+        return None
+    return str(Path(options.nvme_path) / f"run-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}")
+
+
+def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, *, gpu: bool, disk: str | None) -> Config:
     """What ``deepspeed.initialize`` gets.
 
     Gradients are summed, never averaged, because the engine has divided the loss already; stage 3 can only average,
@@ -42,7 +50,7 @@ def deepspeed_config(options: Options, policy: Policy, batch: BatchPlan, gpu: bo
         "data_types": {"grad_accum_dtype": NAMES[policy.kept] if options.stage > 0 else None},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero_section(options, gpu, wide=wide(options, policy)),
+        "zero_optimization": zero_section(options, gpu=gpu, disk=disk, wide=wide(options, policy)),
         "timers": {"throughput": {"enabled": False}},
     }
 
@@ -57,7 +65,7 @@ def wide(options: Options, policy: Policy) -> bool:
     )
 
 
-def zero_section(options: Options, gpu: bool, *, wide: bool) -> Config:
+def zero_section(options: Options, *, gpu: bool, disk: str | None, wide: bool) -> Config:
     """``zero_optimization``; what is absent is DeepSpeed's default."""
     section: Config = {"stage": options.stage}
     for name in (*PLAIN, *ZERO_KEYS, "sub_group_size"):
@@ -74,7 +82,7 @@ def zero_section(options: Options, gpu: bool, *, wide: bool) -> Config:
             pinned = gpu if options.pin_memory is None else options.pin_memory
             section[name] = {"device": place, "pin_memory": pinned}
             if place == "nvme":
-                section[name]["nvme_path"] = options.nvme_path
+                section[name]["nvme_path"] = disk
     return section
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -108,10 +111,11 @@ class Divided(Engine):
         self._stage.spread()
 
     def close(self) -> None:
-        """Take every hook off the model; in stage 3 it stays divided as it is."""
+        """Take every hook off the model; in stage 3 it stays divided as it is, less what lies on a disk."""
         super().close()
         if self._scatters:
             _plain_modules(self.state.model)
+            _clear_disk(self.state.model)
 
 
 def _view(gradient: Tensor, part: Part, flat: Flat) -> Tensor:
@@ -129,3 +133,15 @@ def _plain_modules(model: Module) -> None:
     for module in model.modules():
         module._parameters = dict[str, Parameter | None](module._parameters)
         module.__dict__.pop("_original_parameters", None)
+
+
+def _clear_disk(model: Module) -> None:
+    """Remove this rank's files, and folders that nobody else has files in."""
+    swapper = next(iter(model.parameters())).nvme_swapper  # type: ignore[attr-defined]
+    if swapper is None:
+        return
+    folder = Path(swapper.swap_folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for parent in list(folder.parents)[:3]:
+            parent.rmdir()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from camshaft.comm import Channel
+from camshaft.errors import MachineError
 from camshaft.parts import Part, Parts, Piece
 
 
@@ -67,11 +68,20 @@ def parts_of(flat: Flat, roles: Mapping[str, str]) -> Iterator[Part]:
 
 
 def stored_parts(model: Module, roles: Mapping[str, str], channel: Channel | None) -> Parts:
-    """Stage 3: this rank's stretch of each parameter that does not train."""
+    """Stage 3: this rank's stretch of each parameter that does not train.
+
+    Raises:
+        MachineError: one of them lies on a disk.
+    """
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and hasattr(parameter, "ds_tensor"):
             piece = shard(parameter, name, 0)
+            if parameter.ds_tensor.numel() < piece.length:
+                raise MachineError(
+                    f"'{name}' does not train, and DeepSpeed keeps it on a disk alone, where no checkpoint can read "
+                    "it: set offload_parameters to cpu"
+                )
             held = Parameter(parameter.ds_tensor.data, requires_grad=False)
             found.append(Part(held, roles[name], (piece,) if piece.length else ()))
     return Parts(found, channel)

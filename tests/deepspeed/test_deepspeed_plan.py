@@ -131,7 +131,7 @@ def test_fp64_of_a_stranger_is_refused_when_it_shows(make_recipe):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_reads_its_written_configuration_back(tmp_path, stage):
     options = Options(stage=stage, **({"reduce_bucket_size": 3000} if stage else {}))
-    config = deepspeed_config(options, FP32, BATCH, gpu=False)
+    config = deepspeed_config(options, FP32, BATCH, gpu=False, disk=None)
     written = json.loads(write(config, tmp_path / "run").read_text())
     zero = written["zero_optimization"]
     assert zero["stage"] == stage and effective(written) == written, "defaults are filled in once"
@@ -159,7 +159,7 @@ def test_every_option_reaches_deepspeed_under_its_own_name():
         sub_group_size=16,
     )
     narrow = Policy(torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
-    config = effective(deepspeed_config(options, narrow, BATCH, gpu=True))
+    config = effective(deepspeed_config(options, narrow, BATCH, gpu=True, disk="disk"))
     zero = config["zero_optimization"]
     names = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "sub_group_size")
     assert [zero[name] for name in names] == [False, False, False, 11, 16]

@@ -4,11 +4,12 @@ import copy
 import logging
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_cases import BF16, FP32, plugins, reference
+from deepspeed_cases import BF16, FP32, Variant, plugins, reference
 
 from camshaft.distributed import Environment
 from camshaft.loop import session
@@ -31,6 +32,89 @@ def test_offload_to_the_cpu_changes_nothing(make_recipe, stage):
         for options in ({}, {"offload_optimizer": "cpu", **both})
     ]
     assert_bit_equal(*runs)
+
+
+class Disk:
+    """Stands for the handle of DeepSpeed's extension over libaio: the same calls, done at once."""
+
+    def __init__(self, **settings):
+        self.pending = 0
+
+    def async_pwrite(self, buffer, path, offset):
+        buffer.detach().numpy().tofile(path)
+        self.pending += 1
+        return 0
+
+    def async_pread(self, buffer, path, offset):
+        buffer.copy_(torch.from_file(path, size=buffer.numel(), dtype=buffer.dtype))
+        self.pending += 1
+        return 0
+
+    def wait(self):
+        done, self.pending = self.pending, 0
+        return done
+
+    def new_cpu_locked_tensor(self, size, like):
+        return torch.zeros(size, dtype=like.dtype)
+
+    def is_pinned(self, buffer):
+        return True
+
+
+LARGER = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_hidden_layers": 1,
+}
+"""Its shards reach the megabyte from which DeepSpeed writes one to a disk."""
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", lambda self, verbose=False: SimpleNamespace(aio_handle=Disk))
+
+
+def on_disk(make_recipe, tmp_path, **options):
+    model = make_recipe(plugins()).tree["model"] | LARGER
+    chosen = {**plugins(3, reduce_bucket_size=10**6, persistence_threshold=0, **options), "lr_schedule": None}
+    return make_recipe(chosen, 2, model=model, training={"max_steps": 3, "log_every": 1})
+
+
+def test_parameters_on_a_disk_change_nothing(make_recipe, tmp_path, disk):
+    place = {"offload_parameters": "nvme", "nvme_path": str(tmp_path / "disk")}
+    runs = []
+    seen = Files(tmp_path / "disk")
+    for options in ({}, place, {**place, "offload_optimizer": "cpu"}):
+        runs.append(record_ranks(on_disk(make_recipe, tmp_path, **options), 2, {"files": seen})[0])
+    assert_bit_equal(runs[0], runs[1])
+    assert_bit_equal(runs[0], runs[2])
+    assert not list((tmp_path / "disk").rglob("*.swp")), "files are left"
+
+
+def test_a_frozen_parameter_on_a_disk_is_refused(make_recipe, tmp_path, disk):
+    place = {"offload_parameters": "nvme", "nvme_path": str(tmp_path / "disk")}
+    resolved = on_disk(make_recipe, tmp_path, **place)
+    with pytest.raises(RankFailed, match="does not train, and DeepSpeed keeps it on a disk"):
+        record_ranks(resolved, 2, {"variant": Variant(frozen=("up_proj",))})
+
+
+class Files(Plugin):
+    """Sees that something is on the disk while the run lasts, where anything is to be."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    @hookimpl
+    def post_step(self, state):
+        wanted = state.world.recipe.plugins["deepspeed"].offload_parameters == "nvme"
+        assert any(self.folder.rglob("*.swp")) == wanted
 
 
 class Reader(torch.nn.Module):
