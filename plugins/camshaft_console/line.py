@@ -21,7 +21,8 @@ def words(record: Record, total_steps: int, eta_s: float | None = None) -> list[
     """Words of one record; metrics that it does not have are left out.
 
     ``mem`` is the memory allocated on the device, ``tok/s`` counts all ranks, ``eta`` is the time to the end. A
-    plugin's own numbers (``plugin/<name>/<metric>``) come last as ``<name>/<metric>=<value>``.
+    plugin's own numbers (``plugin/<name>/<metric>``) come last as ``<name>/<metric>=<value>``; deeper names, which
+    break such a number down, are for trackers.
     """
     found = [f"step={record['progress/global_step']:.0f}/{total_steps}"]
     found += _pick(record, _FIELDS)
@@ -32,7 +33,7 @@ def words(record: Record, total_steps: int, eta_s: float | None = None) -> list[
         found.append(f"mem={record['memory/allocated_gib']:.2f}GiB")
     if eta_s is not None:
         found.append(f"eta={duration(eta_s)}")
-    own = sorted(key for key in record if key.startswith("plugin/"))
+    own = sorted(key for key in record if key.startswith("plugin/") and key.count("/") == 2)
     return found + [f"{key.removeprefix('plugin/')}={record[key]:.6g}" for key in own]
 
 

@@ -3,8 +3,9 @@
 Counted are the calls of plugins and of the core, which go through ``camshaft.comm``, and what libraries start inside
 (DTensor, ``fully_shard``, DDP, DeepSpeed), at torch's process groups. Bytes are those that this rank sends by theory,
 for rings and pairwise exchanges: see ``camshaft.comm.sent``. Means a step go into every record as
-``plugin/ledger/<plugin>/<axis>/<op>/bytes_per_step`` and ``.../calls_per_step``; at the end rank 0 writes
-``ledger.json`` into the run directory, and shows it as a table.
+``plugin/ledger/<plugin>/<axis>/<op>/bytes_per_step`` and ``.../calls_per_step``, their sums as
+``plugin/ledger/bytes_per_step`` and ``.../calls_per_step``; at the end rank 0 writes ``ledger.json`` into the run
+directory, and shows it as a table.
 
 Compared are (plugin, hook, axis, op, dtype, elements) of each call. On one node a rank sees at once when a peer has
 called something else, before it sends; a rolling hash per axis is compared after every step; and a rank that has not
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from camshaft_ledger.ledger import Ledger
 
 _logger = logging.getLogger("camshaft.ledger")
-_TOTAL = "plugin/ledger/total/bytes_per_step"
+_TOTAL = "plugin/ledger/bytes_per_step"
 
 
 class Options(camshaft.Options):

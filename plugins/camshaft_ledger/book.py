@@ -50,8 +50,8 @@ class Book:
         named = {"/".join(key): count for key, count in found.items() if count.calls}
         metrics = {f"{name}/bytes_per_step": count.bytes for name, count in named.items()}
         metrics |= {f"{name}/calls_per_step": count.calls for name, count in named.items()}
-        metrics["total/bytes_per_step"] = sum(count.bytes for count in found.values())
-        metrics["total/calls_per_step"] = sum(count.calls for count in found.values())
+        metrics["bytes_per_step"] = sum(count.bytes for count in found.values())
+        metrics["calls_per_step"] = sum(count.calls for count in found.values())
         return {f"plugin/ledger/{name}": value for name, value in metrics.items()}
 
     def mark(self) -> None:

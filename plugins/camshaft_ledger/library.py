@@ -152,10 +152,10 @@ def _who() -> tuple[str, str]:
 
 
 def _owner(module: str) -> str:
-    head = module.partition(".")[0]
+    head, _, rest = module.partition(".")
     if head.startswith("camshaft_"):
         return head.removeprefix("camshaft_")
-    return "core" if head == "camshaft" else ""
+    return "" if head != "camshaft" else "testing" if rest.startswith("testing") else "core"
 
 
 def in_background() -> bool:

@@ -60,4 +60,4 @@ def test_one_process_sends_nothing_and_says_so(make_recipe):
     resolved = make_recipe({"adamw": {"lr": 1e-3}, "ledger": {}}, 1)
     found, steps, _, _ = counted(0, 1, resolved)
     assert len(found) == steps == 20
-    assert all(record == {"plugin/ledger/total/bytes_per_step": 0.0} for record in found)
+    assert all(record == {"plugin/ledger/bytes_per_step": 0.0} for record in found)
