@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from camshaft.program import COMPUTE, Action, Kind
+from camshaft.program import CLOSING, TRANSFERS, Action, Kind
 
 Program = tuple[Action, ...]
 Message = tuple[int, int, bool]
@@ -63,9 +63,9 @@ class Schedule:
         return self.placement[neighbour]
 
 
-def compute_only(program: Sequence[Action]) -> Program:
+def without_transfers(program: Sequence[Action]) -> Program:
     """The program without transfers and without what closes the window."""
-    return tuple(action for action in program if action.kind in COMPUTE)
+    return tuple(action for action in program if action.kind not in TRANSFERS and action.kind not in CLOSING)
 
 
 def message(action: Action) -> Message:

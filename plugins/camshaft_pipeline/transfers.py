@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from camshaft.program import CLOSING, Action, Kind
 from camshaft_pipeline.checker import check_work
 from camshaft_pipeline.replay import B, F, I, replay
-from camshaft_pipeline.schedule import Message, Program, Schedule, compute_only
+from camshaft_pipeline.schedule import Message, Program, Schedule, without_transfers
 
 Event = tuple[float, int, tuple[int, ...] | Message, Action]
 
@@ -28,7 +28,7 @@ def complete(
     Raises:
         ScheduleError: work is missing, done twice or on the wrong rank, or the ranks would wait for one another.
     """
-    bare = Schedule(name, placement, tuple(compute_only(order) for order in orders))
+    bare = Schedule(name, placement, tuple(without_transfers(order) for order in orders))
     check_work(bare, bare.microbatches)
     sending = [_with_sends(placement, program) for program in bare.programs]
     clock = replay(placement, sending)
