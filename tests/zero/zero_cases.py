@@ -6,11 +6,15 @@ import torch
 from torch import nn
 
 from camshaft.data import prepare
+from camshaft.distributed import Environment
+from camshaft.loop import session
 from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
+from camshaft.rundir import RunDirectory
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
+from camshaft.testing.ranks import run_ranks
 from camshaft.testing.reference import plain_run
-from camshaft.testing.run import record_ranks
+from camshaft.testing.run import Quiet, record_ranks
 
 FULL = os.environ.get("CAMSHAFT_FULL_MATRIX") == "1"
 """Whether the complete product of all factors runs, not a sample of it."""
@@ -211,6 +215,43 @@ def train(make_recipe, row, world_size, accumulation=3, variant="plain", extra=N
     for other in ranks[1:]:
         assert_bit_equal(ranks[0], other)
     return ranks
+
+
+def ending(rank, world_size, resolved, extra):
+    """What a run leaves: this rank's parts with what the optimizer keeps of them, and the whole model.
+
+    Nothing is recorded in between, which would make ranks wait for each other.
+    """
+    environment = Environment(rank, rank, world_size, world_size, "torchrun" if world_size > 1 else "none")
+    with session(resolved, environment, RunDirectory(resolved.recipe.run.dir), extra) as trainer:
+        trainer.train(Quiet(), Quiet())
+        state = trainer.state
+        parts = {
+            f"{piece.name} from {piece.start} {key}": flat.detach().clone()
+            for part in state.world.parts
+            for key, values in {"weights": part.tensor, **state.optimizer.state[part.tensor]}.items()
+            if values.shape == part.tensor.shape
+            for piece, flat in part.slices(values)
+        }
+    return parts, {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+
+
+def train_unseen(make_recipe, row, world_size, accumulation=2, variant="picky", extra=None, steps=5, **settings):
+    """What ``ending`` returns, of every rank; the model is the same on all of them."""
+    changed = sections(row, world_size, accumulation, steps) | settings.pop("sections", {})
+    changed["training"] = {**changed["training"], "log_every": 1000}
+    resolved = make_recipe(plugins(row, compute="fp32", **settings), world_size, **changed)
+    endings = run_ranks(world_size, ending, resolved, {**observers(variant), **(extra or {})})
+    for _, model in endings:
+        assert_same(model, endings[0][1])
+    return endings
+
+
+def assert_same(one, other):
+    """Two dicts of tensors equal in every bit."""
+    assert one.keys() == other.keys()
+    unequal = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not unequal, f"unequal: {unequal}"
 
 
 def assert_parity(records, wanted, compute):
