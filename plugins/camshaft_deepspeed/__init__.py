@@ -12,7 +12,8 @@ values and of master weights, which DeepSpeed keeps beside fp32 parameters too: 
 (p + g) P + 4 (k + 1) P/N; stage 2 p P + (g + 4 (k + 1)) P/N; stage 3 (p + g + 4 (k + 1)) P/N. Besides: a bucket of
 ``reduce_bucket_size`` elements, and P/N gradients in fp32 during the step. While stage 3 gets its first values a rank
 holds its shards and one whole parameter. Sent a rank, times (N-1)/N, with M microbatches: stage 0 2 P; stage 1 3 P;
-stage 2 (2 M + 1) P, since DeepSpeed reduces after each by all-reduce; stage 3 at most 3 M P.
+stage 2 (2 M + 1) P, since DeepSpeed reduces after each by all-reduce; stage 3 at most 3 M P. Once a window ranks
+compare which parameters they used (2 bytes each): DeepSpeed's stages 1 to 3 need them alike.
 
 Claims layout and reduction of gradients on ``dp``; from stage 1 the layout of what the optimizer updates, in stage 3
 that of parameters. Owns the slots ``materialize``, ``step`` and ``release``. The effective configuration of DeepSpeed

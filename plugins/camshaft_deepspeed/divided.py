@@ -45,7 +45,7 @@ class Divided(Engine):
         self._flats = self._stage.flats(state.model)
         self._publish(initial, channel)
         self._takes_last = options.offload_optimizer != "none" or (options.stage == 1 and bool(options.overlap_comm))
-        self._reduces_each = options.stage > 1
+        self._reduces_each, self._first = options.stage > 1, True
         self.usage = Usage(state.model, channel)
 
     def _publish(self, initial: Mapping[str, Initial], channel: Channel | None) -> None:
@@ -67,10 +67,13 @@ class Divided(Engine):
         super().begin_backward()
 
     def end_backward(self) -> None:
-        """See that all ranks have the same to reduce, and reduce it."""
-        final = self.state.final_backward
-        if final or self._reduces_each:
-            self.usage.check_ranks(window=not self._reduces_each)
+        """See that all ranks have the same to reduce, and reduce it.
+
+        Looking waits for the device: in the first window before each reduction, later once a window.
+        """
+        final, each = self.state.final_backward, self._reduces_each and self._first
+        if final or each:
+            self.usage.check_ranks(window=not each)
         if final and self._takes_last:
             self.usage.check_last()
         super().end_backward()
@@ -105,6 +108,7 @@ class Divided(Engine):
         for part in self.state.world.parts:
             part.tensor.grad = None
         self.usage.forget()
+        self._first = False
 
     def spread(self) -> None:
         """Make parameters of master weights that were loaded."""

@@ -102,3 +102,13 @@ def test_frozen_tied_and_unused_parameters(make_recipe, run, stage, changes):
         if any(part in name for part in changes["frozen"]) or name == "unused":
             assert torch.equal(first.weights[name], last.weights[name]), f"{name} moved"
             assert not any(key.startswith(f"{name}/") for key in last.optimizer)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_optimizer_of_our_own(make_recipe, run, stage):
+    """Lion is no class that DeepSpeed has heard of; it works element by element, and that is enough."""
+    sections = {"training": {"max_steps": 6, "log_every": 1}}
+    lion = {"adamw": None, "lion": {"lr": 1e-4}}
+    alone = record_ranks(make_recipe({**plugins(), **lion}, 1, **sections), 1)[0]
+    ranks = record_ranks(make_recipe({**plugins(stage), **lion}, 2, **sections), 2)
+    assert_within(compare(ranks[0], alone), FP32)
