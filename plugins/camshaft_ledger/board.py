@@ -19,29 +19,39 @@ if TYPE_CHECKING:
 
     from camshaft_ledger.sequence import Groups
 
-SLOTS = 64
+SLOTS, STEPS = 64, "steps"
 _SLOT = struct.Struct("=Q")
+_ROW = (1 + SLOTS) * _SLOT.size
 _LOW = 0xFFFFFFFF
 
 
 class Board:
-    """For every rank and axis a ring of the last ``SLOTS`` calls: number and fingerprint, 32 bits each."""
+    """For every rank and axis the number of calls so far, and a ring of the last ``SLOTS``: number and fingerprint.
+
+    A row of eight-byte words for each; one more row a rank counts its steps.
+    """
 
     def __init__(self, memory: mmap.mmap, rank: int, groups: Groups, here: frozenset[int]) -> None:
         self._memory = memory
-        row = SLOTS * _SLOT.size
-        place = {axis: index for index, axis in enumerate(groups)}
-        self._own = {axis: (rank * len(groups) + index) * row for axis, index in place.items()}
+        rows = {axis: index for index, axis in enumerate((*groups, STEPS))}
+        shared = {**groups, STEPS: groups["world"]}
+        self._own = {axis: (rank * len(rows) + index) * _ROW for axis, index in rows.items()}
         self._peers = {
-            axis: tuple((peer, (peer * len(groups) + place[axis]) * row) for peer in ranks if peer in here - {rank})
-            for axis, ranks in groups.items()
+            axis: tuple((peer, (peer * len(rows) + rows[axis]) * _ROW) for peer in ranks if peer in here - {rank})
+            for axis, ranks in shared.items()
         }
+        self._everybody = here == frozenset(groups["world"])
+
+    @staticmethod
+    def bytes_for(groups: Groups) -> int:
+        """How much memory all ranks need together."""
+        return len(groups["world"]) * (len(groups) + 1) * _ROW
 
     @classmethod
     def open(cls, store: Store, rank: int, groups: Groups) -> Board:
         """Meet the other ranks of this node; collective over all ranks. The file has no name any more afterwards."""
         node = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        everyone, size = groups["world"], len(groups["world"]) * len(groups) * SLOTS * _SLOT.size
+        everyone, size = groups["world"], cls.bytes_for(groups)
         path = None
         if store.add(f"node/{node}", 1) == 1:
             handle, path = tempfile.mkstemp(prefix="camshaft-ledger-")
@@ -58,15 +68,28 @@ class Board:
 
     def differs(self, axis: str, number: int, mark: int) -> int | None:
         """Note call ``number`` on ``axis``; a rank that made another one in its place, or None."""
-        place = number % SLOTS * _SLOT.size
+        place = (1 + number % SLOTS) * _SLOT.size
         value = (number & _LOW) << 32 | mark
-        memory = self._memory
-        _SLOT.pack_into(memory, self._own[axis] + place, value)
+        memory, own = self._memory, self._own[axis]
+        _SLOT.pack_into(memory, own + place, value)
+        _SLOT.pack_into(memory, own, number)
         for peer, offset in self._peers[axis]:
             (other,) = _SLOT.unpack_from(memory, offset + place)
             if other != value and other >> 32 == value >> 32:
                 return peer
         return None
+
+    def step(self, number: int) -> None:
+        """Note that ``number`` steps are over, or the run itself as one more."""
+        _SLOT.pack_into(self._memory, self._own[STEPS], number)
+
+    def level(self) -> bool:
+        """Whether nobody has called more than its peers, or done more steps; False where not all ranks are here."""
+        return self._everybody and all(
+            _SLOT.unpack_from(self._memory, offset) == _SLOT.unpack_from(self._memory, self._own[axis])
+            for axis, peers in self._peers.items()
+            for _, offset in peers
+        )
 
 
 def _mapped(path: str, size: int) -> mmap.mmap | None:

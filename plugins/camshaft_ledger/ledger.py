@@ -45,7 +45,7 @@ class Ledger:
         self._sequence = Sequence(groups, compare_every + 3)
         store = side_store(f"ledger/{next(_runs)}")
         self._board = Board.open(store, world.rank, groups)
-        self._watcher = Watcher(self._sequence, store, world.rank, stall_s)
+        self._watcher = Watcher(self._sequence, store, world.rank, stall_s, self._board.level)
         self._names = _names(world.mesh, groups)
         timeout = timedelta(seconds=world.recipe.launch.group_timeout_s)
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -75,6 +75,8 @@ class Ledger:
             RanksDiverged: ranks made different calls.
         """
         self._sequence.end_step()
+        self._step = step
+        self._board.step(step)
         if step % self._every == 0:
             self._finish_comparison()
             self._start_comparison()
@@ -90,6 +92,7 @@ class Ledger:
                 self._explain_failure(error)
             else:
                 self._sequence.end()
+                self._board.step(self._step + 1)
                 self._finish_comparison()
                 self._start_comparison()
                 self._finish_comparison()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from camshaft import ending
@@ -21,19 +22,19 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 _AGAIN_S = 1.0
-_PATIENT_S = 30.0
 _TOGETHER_S = 1.5  # how long the first to know waits for the others, so that none of them sees only a lost connection
 
 
 class Watcher:
     """One rank's eye on ``sequence``. A rank that is slow has called less, but nothing else, and is left alone."""
 
-    def __init__(self, sequence: Sequence, store: Store, rank: int, stall_s: float) -> None:
+    def __init__(self, sequence: Sequence, store: Store, rank: int, stall_s: float, level: Callable[[], bool]) -> None:
+        """``level``: whether all ranks are known to have called as much: then each of them computes, and none waits."""
         self._sequence, self._store, self._rank = sequence, store, rank
+        self._stall_s, self._level = stall_s, level
         self._ranks = sequence.groups["world"]
         self._stop = threading.Event()
         self._moves, self._since = -1, time.monotonic()
-        self._patience, self._worried = stall_s, False
         self._shown, self._asked, self._asked_at = "", b"", 0.0
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="camshaft-ledger", daemon=True)
@@ -98,17 +99,14 @@ class Watcher:
                 ending.end(RanksDiverged(text))
 
     def _is_stalled(self) -> bool:
-        """Whether this rank has not called anything for a while.
+        """Whether this rank has not called anything for a while, and may be waiting for another, or another for it.
 
-        After each false alarm it takes longer, where slow steps are the rule: a store that is a file only grows.
+        Without the latter a run of slow steps would write again and again, and a store that is a file only grows.
         """
         moves, now = self._sequence.moves, time.monotonic()
         if moves != self._moves:
-            if self._worried:
-                self._patience, self._worried = max(self._patience, min(1.5 * self._patience, _PATIENT_S)), False
             self._moves, self._since = moves, now
-        self._worried = self._worried or now - self._since >= self._patience
-        return self._worried
+        return now - self._since >= self._stall_s and not self._level()
 
     def _ask(self) -> None:
         """Let every rank publish: this one is stuck, and the others may not be."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from camshaft import comm
 from camshaft.comm import Channel
 from camshaft.comm_exchange import CHUNK, Scratch, add_in_order
 from camshaft.mesh import Mesh, MeshShape
@@ -220,6 +221,20 @@ def parameters(rank, world_size):
 
 def test_tensors_that_require_gradients_are_gathered_without_a_graph():
     run_ranks(2, parameters)
+
+
+def flat_collectives(rank, world_size):
+    """What tensors on a GPU take, whatever this torch calls it; gloo has them too."""
+    part, whole = torch.empty(3), torch.empty(3 * world_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        comm._scatter(part, torch.arange(6.0), group=dist.group.WORLD, async_op=True).wait()
+        comm._gather(whole, part, group=dist.group.WORLD, async_op=True).wait()
+    return whole.tolist()
+
+
+def test_the_flat_collectives_of_this_torch_are_called_by_names_that_it_does_not_warn_of():
+    assert run_ranks(2, flat_collectives) == [[0.0, 2.0, 4.0, 6.0, 8.0, 10.0]] * 2
 
 
 def mismatched(rank, world_size):

@@ -85,9 +85,9 @@ def run(rank, world_size, resolved, kind, folder, wrong=1, step=STEP, board=True
         os._exit(error.exit_status)
 
     if not board:
-        from camshaft_ledger.board import Board
+        from camshaft_ledger import board as shared
 
-        Board.differs = lambda self, axis, number, mark: None
+        shared._mapped = lambda path, size: None
     ending.register(ended)
     try:
         return len(record_rank(rank, world_size, resolved, {"x": Broken(kind, wrong, step, folder)}))

@@ -158,7 +158,7 @@ def test_hashes_differ_where_calls_do_and_only_on_their_axis():
 
 def boards(world_size=2):
     groups = flat(world_size)
-    memory = mmap.mmap(-1, world_size * len(groups[0]) * SLOTS * 8)
+    memory = mmap.mmap(-1, Board.bytes_for(groups[0]))
     return [Board(memory, rank, own, frozenset(range(world_size))) for rank, own in enumerate(groups)]
 
 
@@ -175,9 +175,23 @@ def test_the_second_to_come_sees_the_difference():
 
 def test_ranks_of_other_nodes_are_not_looked_at():
     groups = flat(2)
-    memory = mmap.mmap(-1, 2 * len(groups[0]) * SLOTS * 8)
+    memory = mmap.mmap(-1, Board.bytes_for(groups[0]))
     first, second = (Board(memory, rank, groups[rank], frozenset({rank})) for rank in range(2))
     assert first.differs("dp", 1, 5) is None and second.differs("dp", 1, 6) is None
+    assert not first.level(), "what the other node does is not known"
+
+
+def test_ranks_are_level_while_none_has_done_more_than_another():
+    first, second, third = boards(3)
+    assert first.level() and second.level()
+    for board in (first, second, third):
+        assert board.differs("dp", 1, 5) is None
+        assert board.level() == (board is third)
+    first.step(1)
+    assert not first.level() and not third.level(), "the first has left a step that the others are in"
+    second.step(1)
+    third.step(1)
+    assert first.level() and third.level()
 
 
 def test_means_begin_anew_with_every_record_and_set_up_is_no_step():
