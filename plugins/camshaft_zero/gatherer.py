@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from camshaft_zero import grouping
 from camshaft_zero.grid import Grid
-from camshaft_zero.seats import Order, Seat, Slot, Visit
+from camshaft_zero.seats import Order, Seat, Slot, Visit, turn_of
 from camshaft_zero.storage import Unit
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ class Gatherer:
                 if tensor.requires_grad:
                     visit.inputs += 1
                     visit.counted = True
-                    tensor.register_hook(self._arrived(visit))  # type: ignore[no-untyped-call]
+                    turn_of(tensor).ends.append(self._arrived(visit))
 
-    def _arrived(self, visit: Visit) -> Callable[[Tensor], None]:
-        def arrived(_: Tensor) -> None:
+    def _arrived(self, visit: Visit) -> Callable[[], None]:
+        def arrived() -> None:
             visit.inputs -= 1
             if not visit.inputs and visit.opened and not visit.closed:
                 self._close(visit)
@@ -121,7 +121,7 @@ class Gatherer:
             outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
             seat.due[visit.microbatch] += bool(outputs)
             for tensor in outputs:
-                tensor.register_hook(self._opens(visit))  # type: ignore[no-untyped-call]
+                turn_of(tensor).begins.append(self._opens(visit))
             if self._order.learning:
                 self._left.append(seat)
             if not self._reshard or seat in self._kept:
@@ -129,8 +129,8 @@ class Gatherer:
         if visit.last and not seat.users:
             self.free(seat)
 
-    def _opens(self, visit: Visit) -> Callable[[Tensor], None]:
-        def opens(_: Tensor) -> None:
+    def _opens(self, visit: Visit) -> Callable[[], None]:
+        def opens() -> None:
             if visit.opened:
                 return
             visit.opened = True
@@ -154,9 +154,7 @@ class Gatherer:
             self._left = []
 
     def _passed(self, visit: Visit) -> None:
-        """Backward has left a module: fetch ahead what could not be fetched while it had the slot; tell of the unit."""
-        if self._open:
-            self._fetch_beside(self._open[-1].seat, -1)
+        """Backward has left a module; tell of its unit if that was the last time in this microbatch."""
         seat = visit.seat
         seat.due[visit.microbatch] -= 1
         if not seat.due[visit.microbatch]:

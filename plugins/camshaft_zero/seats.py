@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -89,3 +89,30 @@ class Order:
                 place = at + step * distance
                 if 0 <= place < len(self.seats):
                     yield self.seats[place]
+
+
+class Turn:
+    """What happens when the gradient of a tensor comes: first to backwards that it ends, then to those it begins.
+
+    Hooks run in the order of forward, in which the tensor was an output first; but a unit that begins may need the
+    buffer of the one that ends.
+    """
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.ends: list[Callable[[], None]] = []
+        self.begins: list[Callable[[], None]] = []
+
+    def __call__(self, _: Tensor) -> None:
+        for act in (*self.ends, *self.begins):
+            act()
+
+
+def turn_of(tensor: Tensor) -> Turn:
+    """The turn of ``tensor`` as it is now: what is written into it in place has a gradient of its own."""
+    turn: Turn | None = getattr(tensor, "camshaft_turn", None)
+    if turn is None or turn.version != tensor._version:
+        turn = Turn(tensor._version)
+        tensor.camshaft_turn = turn  # type: ignore[attr-defined]
+        tensor.register_hook(turn)  # type: ignore[no-untyped-call]
+    return turn
