@@ -102,8 +102,10 @@ def _check_pair(rank: int, places: Places, microbatch: int, stage: int) -> None:
             if half in places:
                 raise ScheduleError(f"is part of {full}, which is there too", rank=rank, action=half)
         needed = [forward, full]
-    else:
+    elif inputs in places or weights in places:
         needed = [forward, inputs, weights]
+    else:
+        raise ScheduleError(f"is missing, and so are {inputs} and {weights}", rank=rank, action=full)
     for action in needed:
         if action not in places:
             raise ScheduleError("is missing", rank=rank, action=action)
