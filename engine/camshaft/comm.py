@@ -177,6 +177,10 @@ class Channel:
         with self._told(hook, "broadcast", tensor.dtype, tensor.numel()):
             return self._broadcast(tensor, source)
 
+    def trim(self) -> None:
+        """Let go of the memory that is kept for next calls."""
+        self._scratch.clear()
+
     def _all_reduce(self, tensor: Tensor, op: str) -> Pending:
         if self.size == 1:
             return _DONE

@@ -29,3 +29,8 @@ class Pool:
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back."""
         self._free.append(buffer)
+
+    def clear(self) -> None:
+        """Let go of the buffers that nobody uses."""
+        self.made -= len(self._free)
+        self._free.clear()

@@ -53,6 +53,12 @@ class Filling:
             self._known[buffer.data_ptr()] = self.views_of(flat)
         self.views = self._known[buffer.data_ptr()]
 
+    def forget(self) -> None:
+        """Drop the views of buffers that are gone."""
+        self._known.clear()
+        if self.buffer is None:
+            self.views = ()
+
     def source(self) -> Tensor:
         """The whole buffer with zeros where there is no gradient."""
         assert self.buffer is not None
@@ -82,11 +88,14 @@ class Reducer:
         self._dtype = self._policy.param if self._each else self._policy.kept
         self._fillings = [Filling(unit, None if self._each else self._buffer(unit.layout.size)) for unit in units]
         self._by_unit = {filling.unit: filling for filling in self._fillings}
-        self._order = list(self._fillings)
+        # Until the first backward shows it: units of modules are listed as forward goes, buckets as backward does.
+        self._order = self._fillings[::-1] if paced else list(self._fillings)
         self._seen: list[Filling] | None = []
         self._next = 0
         self._started: list[tuple[Filling, Pending | None, Tensor, Tensor | None]] = []
-        self._pool = Pool(max((unit.layout.size for unit in units), default=0), self._buffer, self._settle_oldest)
+        self._carried = 0
+        """Sums under way that an earlier backward started."""
+        self._pool = Pool(max((unit.layout.size for unit in units), default=0), self._room, self._settle_oldest)
         count = sum(filling.expected for filling in self._fillings)
         self._flags = torch.ones(count, dtype=torch.int32, device=state.world.device)
         self._flags_pending: Pending | None = None
@@ -100,6 +109,15 @@ class Reducer:
 
     def _buffer(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=self._dtype, device=self._state.world.device)
+
+    def _room(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=self._dtype, device=self._state.world.device)
+
+    def _take(self, filling: Filling) -> None:
+        """Give ``filling`` a buffer. Sums of an earlier backward had a forward to finish in: theirs are free now."""
+        while self._carried and self._settle_oldest():
+            pass
+        filling.take(self._pool)
 
     def _watch(self, filling: Filling, index: int, member: Member) -> None:
         member.parameter.grad_dtype = self._dtype
@@ -118,7 +136,7 @@ class Reducer:
                 if filling.fresh[index]:
                     raise self._twice(member.name)
                 if filling.buffer is None:
-                    filling.take(self._pool)
+                    self._take(filling)
                 filling.views[index].copy_(parameter.grad)  # type: ignore[arg-type]  # it was just accumulated
                 parameter.grad = None
             elif parameter.grad is not filling.views[index]:
@@ -166,13 +184,13 @@ class Reducer:
     def _start(self, filling: Filling) -> None:
         """Begin the sum of one unit over the ranks that divide it."""
         if filling.buffer is None:
-            filling.take(self._pool)
+            self._take(filling)
         source, unit, borrowed = filling.source(), filling.unit, None
         if self._each:  # the next microbatch may fill this unit before the sum is there
             borrowed, filling.buffer = filling.buffer, None
+        while len(self._started) >= UNDER_WAY and self._settle_oldest():  # each takes memory to receive into
+            pass
         if source.dtype != self._policy.reduce and self._grid.inner is not None:
-            while len(self._started) >= UNDER_WAY and self._settle_oldest():
-                pass
             source = source.to(self._policy.reduce)
         begin, end = self._grid.stretch(unit.layout.size)
         chunk, pending = source[begin:end], None
@@ -185,6 +203,7 @@ class Reducer:
         if not self._started:
             return False
         filling, pending, chunk, borrowed = self._started.pop(0)
+        self._carried = max(0, self._carried - 1)
         if pending is not None:
             pending.wait()
         if borrowed is None:
@@ -209,6 +228,7 @@ class Reducer:
                 filling.fresh = [False] * filling.expected
         if self._each:
             self._next = 0
+        self._carried = len(self._started)
         if self._state.final_backward:
             self._start_flags()
 
@@ -252,8 +272,18 @@ class Reducer:
         """Wait until every sum is there; names of parameters that no rank used in this window."""
         while self._settle_oldest():
             pass
+        if self._paced:
+            self._let_go()
         self._sum_copies()
         return self._unused()
+
+    def _let_go(self) -> None:
+        """Where memory is what counts, none stays from backward to backward that a forward could use."""
+        self._pool.clear()
+        for filling in self._fillings:
+            filling.forget()
+        if self._grid.inner is not None:
+            self._grid.inner.trim()
 
     def _sum_copies(self) -> None:
         """Sum each stretch over the ranks that hold copies of it."""
@@ -324,7 +354,7 @@ class Reducer:
         self._seen = None
         if self._grid.everyone is None:
             return
-        order = list(dict.fromkeys([*seen, *self._fillings]))
+        order = list(dict.fromkeys([*seen, *self._order]))
         indexes = torch.tensor(
             [self._fillings.index(filling) for filling in order], dtype=torch.int64, device=self._state.world.device
         )
