@@ -111,9 +111,11 @@ class Native(Storage):
         """Wait for what no module waits for."""
 
         def forward(batch: Batch) -> Tensor:
-            if self._publisher is not None:
-                self._publisher.before_forward()
-            return call(batch)
+            if self._publisher is None:
+                return call(batch)
+            self._publisher.before_forward()
+            with self._publisher.watch_forward():
+                return call(batch)
 
         return forward
 

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, Parameter
+from torch.overrides import TorchFunctionMode
 
 from camshaft_zero.grid import Grid
 from camshaft_zero.storage import Unit, publish
 
 
+class Uses(TorchFunctionMode):
+    """Tells of every parameter that a function of torch is called with."""
+
+    def __init__(self, used: Callable[[Parameter], None]) -> None:
+        super().__init__()
+        self._used = used
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        for each in (*args, *named.values()):
+            for value in each if isinstance(each, list | tuple) else (each,):
+                if isinstance(value, Parameter):
+                    self._used(value)
+        return function(*args, **named)
+
+
 class Publisher:
     """Starts the gathers of all units after a step, and lets each module wait for its own parameters.
 
-    A unit with a parameter whose module was not called in the first window, so that nobody knows who uses it and when,
-    is one that every forward waits for at its start.
+    A unit with a parameter whose module was not called in the first window, or that somebody used before its module
+    was, is one that every forward waits for at its start.
     """
 
     def __init__(self, units: Sequence[Unit], grid: Grid, overlap: bool) -> None:
@@ -26,6 +44,9 @@ class Publisher:
         self._called: set[Module] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._learning = True
+        self._of = {parameter: unit for unit in self._units for parameter in unit.parameters}
+        self._arrived: set[Unit] = set()
+        self._early: set[Unit] = set()
         if self._overlap:
             self._watch()
 
@@ -43,6 +64,7 @@ class Publisher:
         def arrive(_: Module, __: Any) -> None:
             if self._learning:
                 called.add(module)
+                self._arrived.update(units)
             for unit in units:
                 if unit.pending is not None:
                     unit.pending.wait()
@@ -60,9 +82,23 @@ class Publisher:
         self._learning = False
         called = self._called
         self._eager = [
-            unit for unit in self._units if not all(any(each in called for each in of_one) for of_one in holders(unit))
+            unit
+            for unit in self._units
+            if unit in self._early or not all(any(each in called for each in of_one) for of_one in holders(unit))
         ]
         called.clear()
+
+    def watch_forward(self) -> AbstractContextManager[object]:
+        """Around a forward: in the first window, see who uses parameters before their modules are called."""
+        if not (self._learning and self._overlap):
+            return nullcontext()
+        self._arrived.clear()
+        return Uses(self._used)
+
+    def _used(self, parameter: Parameter) -> None:
+        unit = self._of.get(parameter)
+        if unit is not None and unit not in self._arrived:
+            self._early.add(unit)
 
     def start(self) -> None:
         """After the optimizer: begin to send what changed, in the order in which forward needs it."""
