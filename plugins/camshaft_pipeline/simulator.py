@@ -75,8 +75,7 @@ def simulate(schedule: Schedule, times: Times | None = None) -> Timeline:
     spans, transfers = [], []
     for rank, program in enumerate(schedule.programs):
         done = zip(program, clock.starts[rank], clock.ends[rank], strict=True)
-        found = [Span(rank, action, start, end) for action, start, end in done]
-        spans.append(tuple(span for span in found if span.action.kind in COMPUTE))
+        spans.append(tuple(Span(rank, action, start, end) for action, start, end in done if action.kind in COMPUTE))
         for action in program:
             if action.kind in SENDS:
                 carried = message(action)
