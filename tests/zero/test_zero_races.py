@@ -84,6 +84,15 @@ def test_evaluation_between_steps_changes_no_bit(make_recipe, row):
         assert_same(mine, wanted)
 
 
+@pytest.mark.parametrize("variant", ["never called", "reads ahead"])
+def test_weights_that_are_read_past_their_module_are_waited_for(make_recipe, variant):
+    """The rank that is never late would read weights of the step before."""
+    wanted = train_unseen(make_recipe, "1", 2, variant=variant, overlap=False)
+    found = train_unseen(make_recipe, "1", 2, variant=variant, extra={"delays": Delays(5, turn=0)})
+    for (mine, _), (whole, _) in zip(found, wanted, strict=True):
+        assert_same(mine, whole)
+
+
 class Forgets(Plugin):
     """A bug on purpose: lets modules go on without their parameters."""
 

@@ -4,6 +4,7 @@ import os
 
 import torch
 from torch import nn
+from zero_models import ODD
 
 from camshaft.data import prepare
 from camshaft.distributed import Environment
@@ -94,8 +95,10 @@ VARIANTS = {
 }
 
 
-def change(model, frozen=(), unused=False, picky=False):
-    """Freeze parameters, add ones that nothing uses, or that some samples use."""
+def change(model, frozen=(), unused=False, picky=False, odd=None):
+    """Freeze parameters, add ones that nothing uses, or that some samples use, or change how modules run."""
+    if odd is not None:
+        ODD[odd](model)
     for name, parameter in model.named_parameters():
         if any(part in name for part in frozen):
             parameter.requires_grad_(False)
@@ -196,15 +199,20 @@ def reference(make_recipe, total=12, optimizer="adamw", compute="fp64", variant=
             compute=compute,
             max_norm=MAX_NORM,
             factor=linear,
-            prepare=lambda model: change(model, **VARIANTS[variant]),
+            prepare=lambda model: change(model, **changes(variant)),
             parameters=parameters,
         )
-        assert len(records) == steps and all(record.norm > MAX_NORM for record in records), "clipping is always active"
+        always = variant == "only a scalar" or all(record.norm > MAX_NORM for record in records)
+        assert len(records) == steps and always, "clipping is active in every step"
     return _references[key]
 
 
+def changes(variant):
+    return {"odd": variant} if variant in ODD else VARIANTS[variant]
+
+
 def observers(variant):
-    return {"variant": Variant(**VARIANTS[variant])} if VARIANTS[variant] else {}
+    return {"variant": Variant(**changes(variant))} if changes(variant) else {}
 
 
 def train(make_recipe, row, world_size, accumulation=3, variant="plain", extra=None, steps=20, **settings):
