@@ -20,8 +20,8 @@ class Stage:
 BUILD = Stage(
     "Build",
     (
-        "plan", "estimate", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute", "compile_model",
-        "shard_storage", "materialize", "optimizer", "schedule", "handlers", "bind",
+        "plan", "estimate", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute",
+        "compile_model", "shard_storage", "materialize", "optimizer", "schedule", "handlers", "bind",
     ),
 )  # fmt: skip
 OPEN = Stage("Open", ("load", "load_state_dict", "post_load", "pre_run"))

@@ -1,4 +1,4 @@
-"""``python -m tools.schedules NAME --ranks P --microbatches M``: build, check, simulate and draw a pipeline schedule."""
+"""``python -m tools.schedules NAME -p RANKS -m MICROBATCHES``: build, check, simulate and draw a pipeline schedule."""
 
 from __future__ import annotations
 
