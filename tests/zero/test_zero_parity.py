@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
-from zero_cases import BOUNDS, FULL, HYBRID, ROWS, VARIANTS, assert_parity, reference, train
+from zero_cases import BOUNDS, FULL, HYBRID, ROWS, VARIANTS, assert_parity, global_batch, reference, train
 
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 
@@ -73,9 +73,8 @@ def table():
 def test_equals_one_plain_process(make_recipe, table, row, ranks, compute, accumulation, variant, optimizer):
     steps = 20 if FULL or ranks < 3 else 8
     case = {"optimizer": optimizer, "compute": compute, "variant": variant, "steps": steps}
-    total = 16 if (accumulation, ranks) == (4, 4) else 12
     records = train(make_recipe, row, ranks, accumulation, **case)[0]
-    found = assert_parity(records, reference(make_recipe, total, **case), compute)
+    found = assert_parity(records, reference(make_recipe, global_batch(ranks, accumulation), **case), compute)
     entry = table.setdefault((row, compute), dict.fromkeys(found, 0.0))
     entry.update({key: max(value, found[key]) for key, value in entry.items()})
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zero_cases import assert_parity, reference, train
+from zero_cases import assert_parity, global_batch, reference, train
 
 from camshaft.testing.compare import assert_within, compare
 
@@ -36,7 +36,7 @@ def test_stays_within_the_stated_bound(make_recipe, row, ranks, accumulation, pr
     steps = 20 if ranks < 3 else 8
     case = {"variant": variant, "steps": steps, "optimizer": "adamw" if precision is AUTOCAST else "slow adamw"}
     records = train(make_recipe, row, ranks, accumulation, compute=precision, **case)[0]
-    total = 16 if (accumulation, ranks) == (4, 4) else 12
+    total = global_batch(ranks, accumulation)
     assert_parity(records, wanted(make_recipe, precision, total, **case), "bf16")
     wide = [*records[-1].optimizer.values(), *(g for g in records[-1].gradients.values() if g is not None)]
     assert {tensor.dtype for tensor in wide} == {torch.float32}, "masters, their gradients and moments are fp32"

@@ -168,9 +168,14 @@ def plugins(row, optimizer="adamw", compute="fp64", max_norm=MAX_NORM, **zero):
     }
 
 
+def global_batch(world_size, accumulation):
+    """12 samples, or 16 where 12 cannot be divided so."""
+    return 12 if 12 % (world_size * accumulation) == 0 else 16
+
+
 def sections(row, world_size, accumulation, steps=20):
-    """Sections that differ from ``make_recipe``'s: 20 windows, the last one short, of 12 samples or of 16."""
-    total = 16 if (accumulation, world_size) == (4, 4) else 12
+    """Sections that differ from ``make_recipe``'s: 20 windows, the last one of 7 samples."""
+    total = global_batch(world_size, accumulation)
     samples = (steps - 1) * total + 7
     found = {
         "batch": {"micro_batch_size": total // (accumulation * world_size), "global_batch_size": total},
