@@ -73,9 +73,9 @@ TYPES = [
     one(
         "a precision that is not offered",
         "plugins.precision.compute",
-        "got 'fp16'",
-        "did you mean 'bf16'",
-        plugins="plugins:\n  ddp: {}\n  adamw: {lr: 1}\n  precision: {compute: fp16}  #!",
+        "got 'fp8'",
+        "write 'auto' or 'fp64'",
+        plugins="plugins:\n  ddp: {}\n  adamw: {lr: 1}\n  precision: {compute: fp8}  #!",
     ),
     one(
         "a file for a corpus",
