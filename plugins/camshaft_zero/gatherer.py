@@ -7,7 +7,7 @@ and read as NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from camshaft_zero import grouping
 from camshaft_zero.grid import Grid
-from camshaft_zero.seats import Order, Seat, Slot, Visit, turn_of
+from camshaft_zero.seats import Order, Seat, Slot, Visit, tensors_of, watch_inputs
 from camshaft_zero.storage import Unit
 
 if TYPE_CHECKING:
@@ -71,11 +71,13 @@ class Gatherer:
         return found
 
     def _watch(self, module: Module, seats: list[Seat]) -> None:
-        def before(_: Module, arguments: Any, named: Any) -> None:
+        def before(_: Module, arguments: Any, named: Any) -> Any:
+            inputs: Any = (arguments, named)
             for seat in seats:
                 modules = seat.unit.modules
                 visit = Visit(seat, self._state.microbatch, module is modules[0], module is modules[-1])
-                self._enter(visit, (arguments, named))
+                inputs = self._enter(visit, inputs)
+            return inputs
 
         def after(_: Module, __: Any, output: Any) -> None:
             for seat in seats:
@@ -84,33 +86,26 @@ class Gatherer:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after))
 
-    def _enter(self, visit: Visit, inputs: Any) -> None:
+    def _enter(self, visit: Visit, inputs: Any) -> Any:
         seat = visit.seat
         seat.visits.append(visit)
         self.gather(seat)
         seat.users += 1
         if seat.backwards:  # recomputation inside a backward, which has its own hooks already
-            return
+            return inputs
         learning = self._order.learning and torch.is_grad_enabled()
         if learning and seat not in self._order.seats:
             self._order.seats.append(seat)
         if not self._order.learning:
             self._fetch_beside(seat, 1)
         if torch.is_grad_enabled():
-            for tensor in _tensors(inputs):
-                if tensor.requires_grad:
-                    visit.inputs += 1
-                    visit.counted = True
-                    turn_of(tensor).ends.append(self._arrived(visit))
+            inputs, visit.counted = watch_inputs(inputs, lambda: self._ended(visit))
+        return inputs
 
-    def _arrived(self, visit: Visit) -> Callable[[], None]:
-        def arrived() -> None:
-            visit.inputs -= 1
-            if not visit.inputs and visit.opened and not visit.closed:
-                self._close(visit)
-                self._passed(visit)
-
-        return arrived
+    def _ended(self, visit: Visit) -> None:
+        if visit.opened and not visit.closed:
+            self._close(visit)
+            self._passed(visit)
 
     def _leave(self, seat: Seat, output: Any) -> None:
         seat.users -= 1
@@ -118,10 +113,10 @@ class Gatherer:
         if seat.backwards:
             return
         if torch.is_grad_enabled():
-            outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+            outputs = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
             seat.due[visit.microbatch] += bool(outputs)
             for tensor in outputs:
-                turn_of(tensor).begins.append(self._opens(visit))
+                tensor.register_hook(self._opens(visit))  # type: ignore[no-untyped-call]
             if self._order.learning:
                 self._left.append(seat)
             if not self._reshard or seat in self._kept:
@@ -129,8 +124,8 @@ class Gatherer:
         if visit.last and not seat.users:
             self.free(seat)
 
-    def _opens(self, visit: Visit) -> Callable[[], None]:
-        def opens() -> None:
+    def _opens(self, visit: Visit) -> Callable[[Tensor], None]:
+        def opens(_: Tensor) -> None:
             if visit.opened:
                 return
             visit.opened = True
@@ -199,6 +194,8 @@ class Gatherer:
             occupant = seat.slot.owner
             if occupant is not None and occupant.pending is not None and not occupant.users:
                 self._arrive(occupant)  # it was fetched ahead and is not needed yet
+            elif occupant is not None and occupant.finished:
+                self._close_all(occupant)
             if not self._fetch(seat):
                 other = "another unit" if occupant is None else f"'{occupant.unit.name}'"
                 raise RuntimeError(
@@ -224,16 +221,24 @@ class Gatherer:
             seat.hide()
 
     def completed(self, unit: Unit) -> None:
-        """All gradients of ``unit`` have come: backwards that no input tells the end of are over."""
-        for visit in [each for each in self._open if each.seat.unit is unit and not each.counted]:
+        """All gradients of ``unit`` have come: where no input tells the end of its backward, others may have its slot.
+
+        It is not freed now: ranks that use other parameters would fetch ahead in another order.
+        """
+        seat = self._by_unit[unit]
+        seat.finished = not any(visit.counted for visit in self._open if visit.seat is seat)
+
+    def _close_all(self, seat: Seat) -> None:
+        for visit in [each for each in self._open if each.seat is seat]:
             self._close(visit)
 
     def end_backward(self) -> None:
-        """Backward is over for everything."""
+        """Backward is over for everything, also where neither inputs nor gradients told so."""
         for visit in list(self._open):
             self._close(visit)
         for seat in self._seats:
             seat.due.pop(self._state.microbatch, None)
+            seat.finished = False
 
     def forget(self) -> None:
         """Free everything: the parameters have changed, or are about to."""
@@ -245,14 +250,3 @@ class Gatherer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)

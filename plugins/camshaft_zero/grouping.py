@@ -104,7 +104,7 @@ def _candidates(
     items: Sequence[Item], modules: Iterable[str], lists: Collection[str], patterns: Sequence[str] | None
 ) -> list[str]:
     if patterns is not None:
-        return [name for name in modules if any(fnmatchcase(name, each) for each in patterns)]
+        return [name for name in modules if any(_matches(name, each) for each in patterns)]
     outermost = [one for one in lists if not any(one != other and _inside(one, other) for other in lists)]
     blocks = [name for name in modules if name and parent(name) in outermost]
     sizes: dict[str, int] = {}
@@ -119,6 +119,12 @@ def _candidates(
         if name and blocks and size >= large and not any(_inside(name, block) for block in blocks)
     ]
     return blocks + beside
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Level by level, so that a star stands for the members of a list and not for all that is inside of them."""
+    words, wanted = name.split("."), pattern.split(".")
+    return len(words) == len(wanted) and all(map(fnmatchcase, words, wanted))
 
 
 def _inside(name: str, outer: str) -> bool:

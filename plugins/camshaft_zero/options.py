@@ -34,8 +34,8 @@ class Options(camshaft.Options):
     bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
     """Stages 1 and 2: largest size of a bucket of parameters in MiB."""
     units: list[str] | None = None
-    """Stage 3: patterns of module names that are gathered as one; nested ones allowed. Default: members of ModuleLists,
-    and large modules beside them."""
+    """Stage 3: patterns of module names that are gathered as one, `*` within one level (`model.layers.*`); nested ones
+    allowed. Default: members of ModuleLists, and large modules beside them."""
     unit_size_mb: Annotated[float, Field(ge=0)] = 0.0
     """Stage 3: join neighbouring units until they hold this many MiB."""
     reshard_after_forward: bool = True

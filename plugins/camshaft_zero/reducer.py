@@ -132,9 +132,9 @@ class Reducer:
         alone, each = self._grid.alone, self._each
 
         def ready(parameter: Tensor) -> None:
+            if filling.complete or (each and filling.fresh[index]):
+                raise self._twice(member.name)
             if each:
-                if filling.fresh[index]:
-                    raise self._twice(member.name)
                 if filling.buffer is None:
                     self._take(filling)
                 filling.views[index].copy_(parameter.grad)  # type: ignore[arg-type]  # it was just accumulated

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from camshaft.comm import Pending
@@ -34,6 +36,8 @@ class Seat:
         self.users = 0
         """Forwards and backwards that need the parameters now."""
         self.backwards = 0
+        self.finished = False
+        """Whether all its gradients of the backward that runs have come."""
         self.visits: list[Visit] = []
         """Forwards that run now, the innermost last."""
         self.due: Counter[int] = Counter()
@@ -68,8 +72,6 @@ class Visit:
     last: bool
     inputs: int = 0
     """Inputs whose gradient has not come yet."""
-    counted: bool = False
-    """Whether it has inputs that tell when its backward is over."""
     opened: bool = False
     closed: bool = False
 
@@ -91,28 +93,63 @@ class Order:
                     yield self.seats[place]
 
 
-class Turn:
-    """What happens when the gradient of a tensor comes: first to backwards that it ends, then to those it begins.
+class Passage(torch.autograd.Function):
+    """The inputs of one call of a module, unchanged; tells when the gradients of all that are used have come."""
 
-    Hooks run in the order of forward, in which the tensor was an output first; but a unit that begins may need the
-    buffer of the one that ends.
+    @staticmethod
+    def forward(context: Any, ended: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Pass ``tensors`` on."""
+        context.ended = ended
+        context.set_materialize_grads(False)
+        return tensors
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run after everything that used any of them in this call, whether or not others use them too."""
+        context.ended()
+        return (None, *gradients)
+
+
+def watch_inputs(inputs: Any, ended: Callable[[], None]) -> tuple[Any, bool]:
+    """``inputs`` (nested tuples, lists, dicts) whose backward tells of its end, and whether any of them has one.
+
+    Other calls may have the same tensors as inputs, so not they are watched, but aliases of this call's own. A lone
+    tensor gets one that may be written to in place.
     """
+    found = [tensor for tensor in tensors_of(inputs) if tensor.requires_grad]
+    if not found:
+        return inputs, False
+    if len(found) == 1:
+        alias = found[0].view_as(found[0])
+        alias.register_hook(lambda _: ended())  # type: ignore[no-untyped-call]
+        aliases = [alias]
+    else:
+        aliases = list(Passage.apply(ended, *found))  # type: ignore[no-untyped-call]
+    return _replaced(inputs, iter(aliases)), True
 
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.ends: list[Callable[[], None]] = []
-        self.begins: list[Callable[[], None]] = []
 
-    def __call__(self, _: Tensor) -> None:
-        for act in (*self.ends, *self.begins):
-            act()
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors_of(each)
 
 
-def turn_of(tensor: Tensor) -> Turn:
-    """The turn of ``tensor`` as it is now: what is written into it in place has a gradient of its own."""
-    turn: Turn | None = getattr(tensor, "camshaft_turn", None)
-    if turn is None or turn.version != tensor._version:
-        turn = Turn(tensor._version)
-        tensor.camshaft_turn = turn  # type: ignore[attr-defined]
-        tensor.register_hook(turn)  # type: ignore[no-untyped-call]
-    return turn
+def _replaced(value: Any, aliases: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(aliases) if value.requires_grad else value
+    if type(value) is dict:
+        return {key: _replaced(each, aliases) for key, each in value.items()}
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _replaced(value[key], aliases)
+        return value
+    if isinstance(value, tuple | list):
+        items = [_replaced(each, aliases) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

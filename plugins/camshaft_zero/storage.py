@@ -98,8 +98,9 @@ def give_values(model: Module, units: Sequence[Unit], seed: int) -> None:
 def give_storage(units: Sequence[Unit], device: torch.device) -> None:
     """Let every parameter be a view of its unit's buffer, or of nothing that can be used where it is divided."""
     for unit in units:
+        assert unit.shard is not None
         for member in unit.layout.members:
-            data = nothing(member.shape, unit.master.dtype, device) if unit.full is None else member.view(unit.full)
+            data = nothing(member.shape, unit.shard.dtype, device) if unit.full is None else member.view(unit.full)
             place(member.parameter, data, member.name)
 
 
