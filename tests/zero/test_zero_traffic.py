@@ -80,6 +80,7 @@ CASES = [
     ("3 last", 2, 4, "fp32", {"unit_size_mb": 0.3}),
     ("3", 2, 4, "fp32", {"prefetch": 0}),
     ("3", 2, 1, "fp32", {"prefetch": 3}),
+    ("3", 2, 1, "fp32", {"units": ["model.layers.*", "model.layers.*.mlp"]}),
     ("3 kept", 2, 4, "fp32", {}),
     ("hybrid 1", 4, 1, "fp32", MB),
     ("hybrid 3", 4, 1, NARROW, {}),

@@ -21,8 +21,15 @@ def described(groups):
     return [(group.name, group.items, group.modules, group.depth, group.encloses) for group in groups]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("options", [{}, {"unit_size_mb": 300}, {"units": ["model.layers.*", "model.layers.*.mlp"]}])
+NESTED = {"units": ["model.layers.*", "model.layers.*.mlp", "model"]}
+FEW = ("llama-tiny", "llama-3.2-1b")
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [*((preset, {}) for preset in PRESETS), *((preset, each) for preset in FEW for each in (NESTED, {"unit_size_mb": 300}))],
+    ids=str,
+)
 def test_the_plan_groups_as_the_run_does(preset, options):
     config = resolve(PRESETS[preset], 1024)
     with torch.device("meta"):
@@ -65,10 +72,11 @@ def test_slots_alternate_and_what_is_around_others_has_its_own():
 
 
 STEPS = 6
-NESTED = {"units": ["model.layers.*", "model.layers.*.mlp", "model"]}
 CHOICES = [
     NESTED,
     {**NESTED, "reduce": "last"},
+    {"units": ["model.layers.*.*.*", "model.embed_tokens"]},
+    {"units": ["model.layers.*", "model.layers.*.*", "model.layers.*.*.*"], "prefetch": 3},
     {"units": ["model.layers.[02]"]},
     {"units": ["model.layers.?.mlp", "model.layers.?.self_attn", "model.embed_tokens"], "prefetch": 2},
     {"unit_size_mb": 0.06},
@@ -82,7 +90,7 @@ CHOICES = [
 
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_units_and_prefetching_change_nothing(make_recipe, options):
-    records = train(make_recipe, "3", 2, 3, variant="plain", steps=STEPS, **options)[0]
+    records = train(make_recipe, "3", 2, 3, steps=STEPS, **options)[0]
     assert_parity(records, reference(make_recipe, steps=STEPS), "fp64")
 
 
