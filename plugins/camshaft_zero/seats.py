@@ -72,6 +72,8 @@ class Visit:
     last: bool
     inputs: int = 0
     """Inputs whose gradient has not come yet."""
+    counted: bool = False
+    """Whether it has inputs that tell when its backward is over."""
     opened: bool = False
     closed: bool = False
 
