@@ -54,10 +54,10 @@ class Plugin(camshaft.Plugin):
         """Own gradients and the optimizer's values on the data axis, and parameters where they are divided."""
         key = f"plugins.{self.name}"
         placement, problems = resolve(self.options, context.mesh.members("dp"), key)
-        if placement is None:
-            return Plan(problems=tuple(problems))
-        problems += refusals(self.options, placement, context, key)
         resources: list[Resource] = ["gradient.layout", "gradient.reduce", "optimizer.layout"]
+        if placement is None:  # the axis has its owner all the same, so nobody says that it has none
+            return Plan(claims=tuple(Claim(each, "dp") for each in resources), problems=tuple(problems))
+        problems += refusals(self.options, placement, context, key)
         if placement.parameters or self.options.provider == "torch":
             resources.append("parameter.layout")
         return Plan(

@@ -123,6 +123,8 @@ def refusals(options: Options, placement: Placement, context: PlanContext, key: 
     for name in ("units", "unit_size_mb", "reshard_after_forward", "prefetch"):
         if name in given and not placement.parameters:
             found.append(_without("parameters are not divided", name, key, f"{key}.stage=3"))
+    if "prefetch" in given and options.prefetch and not options.overlap:
+        found.append(_without("without overlap nothing is gathered ahead", "prefetch", key, f"{key}.overlap=true"))
     if "bucket_size_mb" in given and placement.parameters:
         found.append(_without("units are modules where parameters are divided", "bucket_size_mb", key, "unit_size_mb"))
     if options.provider == "torch":

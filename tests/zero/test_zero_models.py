@@ -13,7 +13,13 @@ def assert_trains(make_recipe, row, variant, ranks=2, **options):
     assert_parity(records, reference(make_recipe, variant=variant, steps=STEPS), "fp64")
 
 
-@pytest.mark.parametrize("variant", ["looped", "shared block", "scalars", "only a scalar", "no list", "never called"])
+SOUND = (
+    *("looped", "shared block", "scalars", "only a scalar", "no list", "never called"),
+    *("recomputes layers", "recomputes inside"),
+)
+
+
+@pytest.mark.parametrize("variant", SOUND)
 @pytest.mark.parametrize("row", ["1", "2", "3"])
 def test_odd_models_train(make_recipe, row, variant):
     assert_trains(make_recipe, row, variant)
@@ -37,3 +43,11 @@ def test_modules_inside_of_each_other_that_share_a_buffer_are_refused_and_have_w
     assert "plugins.zero.reshard_after_forward=false, or plugins.zero.provider=torch" in str(refused.value)
     assert_trains(make_recipe, "3 kept", "calls back")
     assert_trains(make_recipe, {"stage": 3, "provider": "torch"}, "calls back")
+
+
+@pytest.mark.parametrize("row", ["1", "2", "3"])
+def test_a_gradient_that_comes_twice_is_refused_and_not_lost(make_recipe, row):
+    """A sum that began without it would be wrong; alone nothing is sent, and it is added up."""
+    with pytest.raises(RankFailed, match=r"the gradient of 'model\.layers\.1\.mlp.*use use_reentrant=False"):
+        train(make_recipe, row, 2, 2, variant="reentrant", steps=STEPS)
+    assert_trains(make_recipe, row, "reentrant", ranks=1)

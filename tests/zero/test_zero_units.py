@@ -27,7 +27,10 @@ FEW = ("llama-tiny", "llama-3.2-1b")
 
 @pytest.mark.parametrize(
     ("preset", "options"),
-    [*((preset, {}) for preset in PRESETS), *((preset, each) for preset in FEW for each in (NESTED, {"unit_size_mb": 300}))],
+    [
+        *((preset, {}) for preset in PRESETS),
+        *((preset, each) for preset in FEW for each in (NESTED, {"unit_size_mb": 300})),
+    ],
     ids=str,
 )
 def test_the_plan_groups_as_the_run_does(preset, options):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from camshaft.models.llama import Decoder
 
@@ -41,6 +42,45 @@ class CallsBack(nn.Module):
 
     def forward(self, *inputs):
         return self.inner(*inputs) + 0.1 * self.others[0](*inputs)
+
+
+class Recomputed(nn.Module):
+    """Computes what is inside again in backward, several times one after the other."""
+
+    def __init__(self, inner, times=1, reentrant=False):
+        super().__init__()
+        self.inner, self.times, self.reentrant = inner, times, reentrant
+
+    def forward(self, hidden, *rest):
+        for _ in range(self.times):
+            hidden = checkpoint(self.inner, hidden, *rest, use_reentrant=self.reentrant)
+        return hidden
+
+
+class RecomputesLayers(Decoder):
+    """Recomputes whole layers from outside of them."""
+
+    def forward(self, tokens, positions, document):
+        hidden = self.embed_tokens(tokens)
+        rope = self.rotary_emb(positions, torch.promote_types(hidden.dtype, torch.float32))
+        for layer in self.layers:
+            hidden = checkpoint(layer, hidden, rope, None, use_reentrant=False)
+        return self.norm(hidden)
+
+
+def recomputes_layers(model):
+    model.model.__class__ = RecomputesLayers
+
+
+def recomputes_inside(model):
+    for layer in model.model.layers:
+        layer.mlp = Recomputed(layer.mlp)
+
+
+def reentrant(model):
+    """Backward makes the gradients of one block's matrices twice."""
+    block = model.model.layers[1]
+    block.mlp = Recomputed(block.mlp, times=2, reentrant=True)
 
 
 def reads_ahead(model):
@@ -102,4 +142,7 @@ ODD = {
     "scalars": scalars,
     "only a scalar": only_a_scalar,
     "no list": no_list,
+    "recomputes layers": recomputes_layers,
+    "recomputes inside": recomputes_inside,
+    "reentrant": reentrant,
 }
