@@ -143,11 +143,6 @@ class Plugin(camshaft.Plugin):
         self._bound().release(state)
 
     @hookimpl
-    def inert(self) -> str | None:
-        """What was asked for and could not have an effect on this model."""
-        return self._bound().inert()
-
-    @hookimpl
     def close(self, status: str) -> None:
         """Remove all hooks."""
         if self._storage is not None:

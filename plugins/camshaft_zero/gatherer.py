@@ -84,7 +84,8 @@ class Gatherer:
                 self._leave(seat, output)
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after))
+        # Always: recomputation ends a forward by an exception, as soon as it has what backward asks for.
+        self._handles.append(module.register_forward_hook(after, always_call=True))
 
     def _enter(self, visit: Visit, inputs: Any) -> Any:
         seat = visit.seat

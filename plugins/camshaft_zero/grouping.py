@@ -104,7 +104,7 @@ def _candidates(
     items: Sequence[Item], modules: Iterable[str], lists: Collection[str], patterns: Sequence[str] | None
 ) -> list[str]:
     if patterns is not None:
-        return [name for name in modules if any(_matches(name, each) for each in patterns)]
+        return [name for name in modules if any(matches(name, each) for each in patterns)]
     outermost = [one for one in lists if not any(one != other and _inside(one, other) for other in lists)]
     blocks = [name for name in modules if name and parent(name) in outermost]
     sizes: dict[str, int] = {}
@@ -121,7 +121,7 @@ def _candidates(
     return blocks + beside
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """Level by level, so that a star stands for the members of a list and not for all that is inside of them."""
     words, wanted = name.split("."), pattern.split(".")
     return len(words) == len(wanted) and all(map(fnmatchcase, words, wanted))

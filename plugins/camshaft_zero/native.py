@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch.nn import Module, ModuleList, Parameter
 
+from camshaft.errors import Problem, RecipeError
 from camshaft.models.init import materialize
 from camshaft.parts import Part
 from camshaft_zero.costs import summed_each
 from camshaft_zero.gatherer import Gatherer
 from camshaft_zero.grid import Grid
-from camshaft_zero.grouping import Group, Item, buckets, by_module, holders
+from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, matches
 from camshaft_zero.provider import Storage
 from camshaft_zero.publisher import Publisher
 from camshaft_zero.reducer import Reducer
@@ -34,7 +35,7 @@ class Native(Storage):
     """Everything that the plugin keeps in a run."""
 
     def __init__(self, options: Options, placement: Placement, world: World, model: Module, plugin: str) -> None:
-        self._options, self._placement, self._world = options, placement, world
+        self._options, self._placement, self._world, self._plugin = options, placement, world, plugin
         self.grid = Grid(world, placement, plugin)
         self.divided = placement.parameters and self.grid.inner is not None
         self._owners: dict[str, list[Module]] = {
@@ -58,11 +59,39 @@ class Native(Storage):
         if self.divided:
             lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList)]
             least = int(options.unit_size_mb * 2**20 / size)
+            self._check_patterns(model)
             for items in (trained, frozen):
                 groups += by_module(items, lists, options.units, least) if items else []
         else:
             groups = buckets(trained, int(options.bucket_size_mb * 2**20 / size))
+            self._check_overlap(groups, size)
         return [Unit(index, group, model, self.grid, world, self.divided) for index, group in enumerate(groups)]
+
+    def _check_patterns(self, model: Module) -> None:
+        """Refuse a pattern of units that chooses nothing."""
+        names = [name for name, module in model.named_modules() if any(True for _ in module.parameters())]
+        for pattern in self._options.units or ():
+            if not any(matches(name, pattern) for name in names):
+                raise RecipeError(
+                    Problem(
+                        f"the pattern '{pattern}' matches no module that holds parameters",
+                        key=f"plugins.{self._plugin}.units",
+                        fix="write names as model.layers.* or model.layers.*.mlp; a * stands for one level",
+                    )
+                )
+
+    def _check_overlap(self, groups: list[Group], itemsize: int) -> None:
+        """Refuse to overlap one bucket with nothing, where that was asked for."""
+        options = self._options
+        if "overlap" in options.model_fields_set and options.overlap and len(groups) == 1 and not self.grid.alone:
+            size = groups[0].elements * itemsize / 2**20
+            raise RecipeError(
+                Problem(
+                    f"there is nothing to overlap: all gradients fit into one bucket, of {size:.3g} MiB",
+                    key=f"plugins.{self._plugin}.overlap",
+                    fix=f"lower plugins.{self._plugin}.bucket_size_mb, or remove overlap",
+                )
+            )
 
     def materialize(self, model: Module) -> None:
         """First values: this rank makes what it updates, the rest comes from the ranks that have it."""
@@ -74,7 +103,7 @@ class Native(Storage):
         give_storage(self.units, world.device)
         publish(self.units, "materialize")
         world.parts, world.stored = make_parts(self.units, self.grid)
-        world.readable = not self.divided
+        world.readable, world.settle = not self.divided, self.settle
 
     def bind(self, state: State) -> None:
         """Put hooks on parameters and modules."""
@@ -169,19 +198,6 @@ class Native(Storage):
         """Wait until every parameter that is not divided can be read."""
         if self._publisher is not None:
             self._publisher.settle()
-
-    def inert(self) -> str | None:
-        """Overlap of one unit with nothing, or patterns of units that match no module."""
-        asked = self._options.model_fields_set
-        if self.grid.alone:
-            return None
-        if "overlap" in asked and self._options.overlap and len(self._trained) == 1:
-            size = self._trained[0].layout.size * self._world.policy.param.itemsize / 2**20
-            smaller = "give units of smaller modules" if self.divided else "lower plugins.zero.bucket_size_mb"
-            return f"overlap has nothing to overlap: everything is one unit of {size:.3g} MiB; {smaller}"
-        if "units" in asked and self._options.units and {unit.name for unit in self.units} == {""}:
-            return f"units {self._options.units} match no module that holds parameters, so all of them are one unit"
-        return None
 
     def close(self, finished: bool) -> None:
         """Remove all hooks; after a run that finished, put a model that is not too large together again."""

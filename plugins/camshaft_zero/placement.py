@@ -80,7 +80,7 @@ def _judge(table: dict[str, list[bool]], axes: Sequence[str], key: str) -> tuple
                 Problem(
                     f"divides {what}, along '{axis}': a rank would update what it has no gradient of",
                     key=f"{key}.{'gradients' if parameters > gradients else 'optimizer'}",
-                    fix="divide the optimizer first, then gradients, then parameters",
+                    fix=f"set {key}.optimizer=shard, and {key}.gradients=shard for parameters; or {key}.stage instead",
                 )
             )
     if len(axes) == 1:
@@ -127,6 +127,8 @@ def refusals(options: Options, placement: Placement, context: PlanContext, key: 
         found.append(_without("without overlap nothing is gathered ahead", "prefetch", key, f"{key}.overlap=true"))
     if "bucket_size_mb" in given and placement.parameters:
         found.append(_without("units are modules where parameters are divided", "bucket_size_mb", key, "unit_size_mb"))
+    if "prefetch" in given and options.prefetch and not options.overlap:
+        found.append(_without("overlap is off", "prefetch", key, f"{key}.overlap=true"))
     if options.provider == "torch":
         found += _torch_refusals(options, placement, context, key)
     return found

@@ -47,10 +47,6 @@ class Storage(ABC):
     def release(self, state: State) -> None:
         """Drop all gradients."""
 
-    def inert(self) -> str | None:
-        """Why an option that was set has no effect, or None."""
-        return None
-
     @abstractmethod
     def close(self, finished: bool) -> None:
         """Remove all hooks."""
