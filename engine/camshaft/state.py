@@ -83,7 +83,10 @@ class World:
     stored: Parts = field(default_factory=lambda: _no_parts())
     """Parameters that do not train and are divided over ranks: they have no part that is updated."""
     readable: bool = True
-    """Whether every parameter of the model can be read where it is on this rank, outside of a forward."""
+    """Whether every parameter of the model can be read where it is on this rank, outside of a forward, after
+    ``settle()``."""
+    settle: Callable[[], None] = lambda: None
+    """Wait until parameters that are on their way from other ranks after a step are there; ``parts`` need no wait."""
 
     @property
     def is_main(self) -> bool:

@@ -32,7 +32,8 @@ class Options(camshaft.Options):
     """How gradients travel."""
 
     bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
-    """Largest size of a bucket in MiB, 1 for the first: smaller ones start earlier, larger ones have less overhead."""
+    """Largest size of a bucket in MiB, 1 for the first: smaller ones start earlier, larger ones have less overhead.
+    A larger parameter is a bucket of its own."""
     overlap: bool = True
     """Reduce while backward goes on; off, all buckets are reduced after it. The numbers are bit-equal."""
 

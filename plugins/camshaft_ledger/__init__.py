@@ -13,8 +13,8 @@ called anything for a while asks all others over their store what they called la
 less, and nothing else. Where ranks differ the run ends with status 3, and its error says which rank, plugin, hook and
 call.
 
-Memory: half a KiB of host memory a rank and axis; the calls of the last steps. Traffic: 8 bytes an axis and rank, and step
-that is compared. Claims nothing.
+Memory: half a KiB of host memory a rank and axis; the calls of the last steps. Traffic: 8 bytes an axis and rank, and
+step that is compared. Claims nothing.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ class Options(camshaft.Options):
     """Under accumulation, sum gradients over ranks after `each` microbatch, or once after the `last`, which sends less
     and keeps full gradients. Default: `last` where gradients are replicated, else `each`."""
     overlap: bool = True
-    """Sum gradients while backward goes on, gather parameters while forward does. The numbers are bit-equal. In stages 1
-    and 2 a model that begins to read a parameter before the module that holds it is called, and did not do so in the
-    first step, must switch this off."""
+    """Sum gradients while backward goes on, gather parameters while forward does. The numbers are bit-equal. In stages
+    1 and 2 a model that begins to read a parameter before the module that holds it is called, and did not do so in
+    the first step, must switch this off."""
     bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
     """Stages 1 and 2: largest size of a bucket of parameters in MiB; a larger parameter is a bucket of its own."""
     units: list[str] | None = None

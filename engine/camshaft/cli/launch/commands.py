@@ -74,7 +74,8 @@ def command_line(
     words = (target.module, *target.arguments)
     if launcher == "torchrun":
         meeting = f"--rdzv-backend=c10d --rdzv-conf=store_type=file --rdzv-endpoint={job / 'agents'}".split()
-        return [*tool, f"--nproc-per-node={processes}", *meeting, f"--rdzv-id={job.name}", "-m", *words]
+        logs = f"--log-dir={job / 'torchrun'}"  # its default is a folder in the temporary one that nobody removes
+        return [*tool, f"--nproc-per-node={processes}", *meeting, f"--rdzv-id={job.name}", logs, "-m", *words]
     places = _deepspeed_places(processes, environ)
     if _DEEPSPEED_HOSTFILE.exists():
         places += ["--hostfile", "none"]
