@@ -134,8 +134,6 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
         provided |= WHOLE
     for name, plan in plans.items():
         problems += [_unmet(name, fact, plans) for fact in plan.requires if fact not in provided]
-    if any(plan.problems for plan in plans.values()):
-        return problems  # who has a fault of its own may claim nothing because of it
     return problems + _unclaimed(plans, mesh)
 
 

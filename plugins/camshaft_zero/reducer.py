@@ -156,8 +156,8 @@ class Reducer:
     def _twice(self, name: str) -> RuntimeError:
         return RuntimeError(
             f"the gradient of '{name}' came twice, or after the backward of its unit was over: a module of another "
-            "unit uses this parameter, or backward made some gradient twice, as reentrant activation checkpointing does "
-            "with a shared parameter (use use_reentrant=False)"
+            "unit uses this parameter, or backward made some gradient twice, as reentrant activation checkpointing "
+            "does with a shared parameter (use use_reentrant=False)"
         )
 
     def _complete(self, filling: Filling) -> None:

@@ -33,7 +33,7 @@ def test_modules_may_reach_into_others_where_parameters_are_whole(make_recipe, r
 
 @pytest.mark.parametrize("variant", ["reads ahead", "reads back"])
 def test_a_weight_that_is_not_there_is_never_read_in_silence(make_recipe, variant):
-    with pytest.raises(RankFailed, match="NonFiniteLoss|after the backward of its unit was over"):
+    with pytest.raises(RankFailed, match=r"NonFiniteLoss|after the backward of its unit was over"):
         train(make_recipe, "3", 2, 2, variant=variant, steps=STEPS)
 
 
