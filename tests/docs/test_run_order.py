@@ -48,7 +48,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             "order.yaml", f"run.dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}",
             f"training.max_steps={steps}",
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stdout + done.stderr
     found: list[str] = json.loads((folder / "calls.json").read_text())
     return found
