@@ -161,8 +161,8 @@ def paper(row, ranks, elements, narrow):
     ("row", "ranks", "compute"),
     [
         *(("replicate", 2, NARROW), ("1", 2, NARROW), ("1", 4, NARROW), ("2", 2, NARROW), ("2", 4, NARROW)),
-        *(("3", 2, NARROW), ("3", 4, NARROW), ("1", 2, "fp32"), ("2", 2, "fp32"), ("3", 4, "fp32")),
-        *(("hybrid 3", 4, NARROW), ("hybrid 1, optimizer along both", 4, NARROW)),
+        *(("3", 2, NARROW), ("3", 4, NARROW), ("1", 2, "fp32"), ("2", 2, "fp32"), ("3", 2, "fp32")),
+        ("hybrid 1, optimizer along both", 4, NARROW),
     ],
 )
 def test_state_is_the_papers(make_recipe, row, ranks, compute):
@@ -181,8 +181,9 @@ def test_state_is_the_papers(make_recipe, row, ranks, compute):
         assert sum(wanted) * 0.98 <= found["live"] <= 1.02 * sum(wanted) + widened + buffers + found["scratch"] + 65536
 
 
-@pytest.mark.parametrize("compute", ["fp32", NARROW], ids=["fp32", "mixed"])
-@pytest.mark.parametrize(("row", "ranks", "model"), [("3", 2, MODEL), ("3", 4, WIDE), ("2", 2, MODEL)])
+@pytest.mark.parametrize(
+    ("row", "ranks", "model", "compute"), [("3", 2, MODEL, NARROW), ("3", 4, WIDE, "fp32"), ("2", 2, MODEL, NARROW)]
+)
 def test_the_peak_of_a_step_stays_under_what_is_stated(make_recipe, row, ranks, model, compute):
     """State, the stated buffers, and what backward has made of one unit; on a CPU also what is received into."""
     options = {} if row == "3" else {"bucket_size_mb": 0.5}
@@ -198,7 +199,7 @@ def test_the_peak_of_a_step_stays_under_what_is_stated(make_recipe, row, ranks, 
         assert found["peak"] >= expected.state.total
 
 
-@pytest.mark.parametrize(("model", "ranks"), [(MODEL, 2), (WIDE, 4)])
+@pytest.mark.parametrize(("model", "ranks"), [(MODEL, 2), (WIDE, 2)])
 def test_no_rank_makes_anything_larger_than_its_shard_while_building(make_recipe, model, ranks):
     resolved = recipe(make_recipe, "3", ranks, 1, NARROW, model)
     elements, _ = planned(resolved, ranks)

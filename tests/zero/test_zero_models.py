@@ -19,14 +19,14 @@ SOUND = (
 )
 
 
-@pytest.mark.parametrize("variant", SOUND)
-@pytest.mark.parametrize("row", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    ("row", "variant"), [*(("3", each) for each in SOUND), *(("1", each) for each in SOUND[2:]), ("2", "looped")]
+)
 def test_odd_models_train(make_recipe, row, variant):
     assert_trains(make_recipe, row, variant)
 
 
-@pytest.mark.parametrize("variant", ["reads ahead", "reads back", "calls back"])
-@pytest.mark.parametrize("row", ["1", "2"])
+@pytest.mark.parametrize(("row", "variant"), [("1", "reads ahead"), ("2", "reads back"), ("2", "calls back")])
 def test_modules_may_reach_into_others_where_parameters_are_whole(make_recipe, row, variant):
     assert_trains(make_recipe, row, variant)
 

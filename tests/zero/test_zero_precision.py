@@ -18,22 +18,18 @@ def wanted(make_recipe, precision, total=12, **case):
     ("row", "ranks", "accumulation", "precision", "variant"),
     [
         ("1", 2, 4, AUTOCAST, "picky"),
-        ("3", 2, 1, AUTOCAST, "frozen"),
         ("hybrid 2", 4, 1, AUTOCAST, "plain"),
         ("replicate", 2, 4, NARROW, "frozen"),
-        ("1", 1, 4, NARROW, "tied frozen, unused"),
         ("1", 2, 4, NARROW, "picky"),
         ("2", 3, 4, NARROW, "tied frozen, unused"),
-        ("2 last", 2, 4, WIDE_SUMS, "plain"),
         ("3", 2, 4, NARROW, "frozen"),
-        ("3", 4, 1, WIDE_SUMS, "picky"),
+        ("3", 3, 1, WIDE_SUMS, "picky"),
         ("3 last", 2, 4, {**WIDE_SUMS, "reduce": "bf16"}, "plain"),
-        ("hybrid 1, optimizer along both", 4, 1, NARROW, "plain"),
         ("hybrid 3", 4, 1, NARROW, "picky"),
     ],
 )
 def test_stays_within_the_stated_bound(make_recipe, row, ranks, accumulation, precision, variant):
-    steps = 20 if ranks < 3 else 8
+    steps = 20 if ranks < 3 else 6
     case = {"variant": variant, "steps": steps, "optimizer": "adamw" if precision is AUTOCAST else "slow adamw"}
     records = train(make_recipe, row, ranks, accumulation, compute=precision, **case)[0]
     total = global_batch(ranks, accumulation)
@@ -48,7 +44,7 @@ def test_stays_within_the_stated_bound(make_recipe, row, ranks, accumulation, pr
 def test_stages_are_equal_to_each_other(make_recipe, precision):
     """Rounded in the same places; only optimizers' kernels round otherwise in the last elements of a tensor."""
     case = {"compute": precision, "variant": "picky", "steps": 5}
-    runs = [train(make_recipe, row, 2, 4, **case)[0] for row in ("1", "2 last", "3 last", "replicate")]
+    runs = [train(make_recipe, row, 2, 4, **case)[0] for row in ("1", "3 last", "replicate")]
     for records in runs[1:]:
         first = [records[0].gradients, runs[0][0].gradients]
         assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
@@ -63,5 +59,5 @@ def test_gradients_in_fp32_are_added_up_in_fp32(make_recipe):
         found = train(make_recipe, row, 2, 6, compute=precision, steps=5)[0][0].gradients
         return sum(float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
 
-    wide = [error(row, WIDE_SUMS) for row in ("1", "2", "3", "3 last")]
+    wide = [error(row, WIDE_SUMS) for row in ("1", "2", "3 last")]
     assert max(wide) < 0.8 * error("1", NARROW), wide

@@ -28,7 +28,7 @@ class Delays(Plugin):
             setattr(comm.Channel, name, self.slow(getattr(comm.Channel, name)))
         comm.Pending.wait = self.slow(comm.Pending.wait)
 
-    def nap(self, often=0.5):
+    def nap(self, often=0.25):
         turn = self.state.step % self.state.world.world_size if self.turn is None else self.turn
         if turn == self.state.world.rank and self.chooser.random() < often:
             self.sleeps += 1
@@ -53,7 +53,7 @@ class Delays(Plugin):
 
     @hookimpl
     def close(self, state, status):
-        assert status == "failed" or self.sleeps > 10 or self.turn not in (None, state.world.rank)
+        assert status == "failed" or self.sleeps > 5 or self.turn not in (None, state.world.rank)
 
 
 @pytest.mark.parametrize(("row", "ranks"), [("1", 2), ("2", 3), ("3", 2), ("3 last", 2), ("hybrid 3", 4)])

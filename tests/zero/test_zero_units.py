@@ -77,9 +77,7 @@ def test_slots_alternate_and_what_is_around_others_has_its_own():
 STEPS = 6
 CHOICES = [
     NESTED,
-    {**NESTED, "reduce": "last"},
-    {"units": ["model.layers.*.*.*", "model.embed_tokens"]},
-    {"units": ["model.layers.*", "model.layers.*.*", "model.layers.*.*.*"], "prefetch": 3},
+    {"units": ["model.layers.*", "model.layers.*.*", "model.layers.*.*.*"], "prefetch": 3, "reduce": "last"},
     {"units": ["model.layers.[02]"]},
     {"units": ["model.layers.?.mlp", "model.layers.?.self_attn", "model.embed_tokens"], "prefetch": 2},
     {"unit_size_mb": 0.06},
@@ -113,11 +111,20 @@ def test_more_ranks_than_elements(make_recipe):
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
     [
-        ("1", {"bucket_size_mb": 100, "overlap": True}, "plugins.zero.overlap: there is nothing to overlap"),
-        ("2", {"bucket_size_mb": 100, "overlap": True}, "lower plugins.zero.bucket_size_mb"),
-        ("3", {"units": ["model.*", "nothing.*"]}, r"plugins.zero.units: the pattern 'nothing\.\*' matches no module"),
+        (
+            "1",
+            {"bucket_size_mb": 100, "overlap": True},
+            "zero.overlap: there is nothing to overlap.*lower plugins.zero.b",
+        ),
+        ("2", {"bucket_size_mb": 100, "overlap": True}, r"zero\..*: all gradients fit into one bucket, of 0"),
+        ("3", {"units": ["model.layers.*", "nothing.*"]}, r"zero.units: the pattern 'nothing\.\*' matches no module"),
     ],
 )
-def test_what_has_no_effect_is_refused_before_a_step(make_recipe, row, options, reason):
-    with pytest.raises(RankFailed, match=reason):
+def test_what_has_no_effect_on_this_model_ends_the_run(make_recipe, row, options, reason):
+    with pytest.raises(RankFailed, match=f"plugins.{reason}"):
         train(make_recipe, row, 2, 1, steps=STEPS, **options)
+
+
+def test_one_bucket_is_fine_where_nobody_asked_for_overlap(make_recipe):
+    records = train(make_recipe, "1", 2, 3, steps=STEPS, bucket_size_mb=100)[0]
+    assert_parity(records, reference(make_recipe, steps=STEPS), "fp64")
