@@ -1,12 +1,23 @@
 """A corpus of uneven documents, and recipes over it."""
 
 import json
+import os
 import random
 
 import pytest
 import yaml
 
 from camshaft.recipe import load
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Libraries write into the environment (DeepSpeed sets LOCAL_RANK), and what starts later would believe it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
