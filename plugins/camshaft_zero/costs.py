@@ -48,12 +48,11 @@ def plan_groups(options: Options, sizes: Sizes, divided: bool) -> list[Group]:
     if sizes.parameters is None:
         return [Group("model", [Item("model", sizes.trained, ("model",))])]
     items = [Item(each.name, each.elements, (each.name, *each.tied)) for each in sizes.parameters if each.trains]
-    per_mb = 2**20 / sizes.widths.param
     if not divided:
-        return buckets(items, int(options.bucket_size_mb * per_mb))
+        return buckets(items, options.bucket_size_mb, sizes.widths.param)
     words = [name.split(".") for item in items for name in item.names]
     lists = {parent(".".join(name[: at + 1])) for name in words for at, word in enumerate(name) if word.isdigit()}
-    return by_module(items, lists, options.units, int(options.unit_size_mb * per_mb))
+    return by_module(items, lists, options.units, int(options.unit_size_mb * 2**20 / sizes.widths.param))
 
 
 def _buffers(

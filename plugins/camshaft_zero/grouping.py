@@ -60,8 +60,21 @@ def parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def buckets(items: Sequence[Item], limit: int) -> list[Group]:
-    """Groups of at most ``limit`` elements (or one larger parameter), the last registered first, as backward goes."""
+SHARES = 4
+"""Buckets that a model is cut into at least, if they are not smaller than ``LEAST_SHARE``."""
+
+LEAST_SHARE = 4 * 2**20
+"""Bytes."""
+
+
+def buckets(items: Sequence[Item], largest_mb: float, itemsize: int) -> list[Group]:
+    """Groups of at most ``largest_mb`` MiB (or one larger parameter), the last registered first, as backward goes.
+
+    Of a model that fills fewer than ``SHARES`` of them each is a share of it instead, so that there is something to
+    send while backward and the next forward go on, but not so small that messages cost more than their bytes.
+    """
+    share = max(sum(item.elements for item in items) * itemsize // SHARES, LEAST_SHARE)
+    limit = int(min(largest_mb * 2**20, share) / itemsize)
     groups: list[Group] = []
     for item in reversed(items):
         if not groups or groups[-1].elements + item.elements > limit:

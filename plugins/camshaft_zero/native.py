@@ -63,7 +63,7 @@ class Native(Storage):
             for items in (trained, frozen):
                 groups += by_module(items, lists, options.units, least) if items else []
         else:
-            groups = buckets(trained, int(options.bucket_size_mb * 2**20 / size))
+            groups = buckets(trained, options.bucket_size_mb, size)
             self._check_overlap(groups, size)
         return [Unit(index, group, model, self.grid, world, self.divided) for index, group in enumerate(groups)]
 

@@ -34,7 +34,8 @@ class Options(camshaft.Options):
     1 and 2 a model that begins to read a parameter before the module that holds it is called, and did not do so in
     the first step, must switch this off."""
     bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
-    """Stages 1 and 2: largest size of a bucket of parameters in MiB; a larger parameter is a bucket of its own."""
+    """Stages 1 and 2: largest size of a bucket of parameters in MiB, less where a model would fill few; a larger one
+    is a bucket of its own."""
     units: list[str] | None = None
     """Stage 3: patterns of module names that are gathered as one, `*` within one level (`model.layers.*`); nested ones
     allowed. Default: members of ModuleLists, and large modules beside them."""

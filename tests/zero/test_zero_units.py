@@ -47,7 +47,7 @@ def test_the_plan_groups_as_the_run_does(preset, options):
     assert sum(group.elements for group in built) == elements
     assert {name for group in built for name in group.modules} <= {name for name, _ in model.named_modules()}
     buckets = costs.plan_groups(Options(stage=1), sizes, divided=False)
-    assert described(buckets) == described(grouping.buckets(items, int(25 * 2**20 / 4)))
+    assert described(buckets) == described(grouping.buckets(items, 25, 4))
 
 
 def test_blocks_and_large_modules_beside_them_are_units():
