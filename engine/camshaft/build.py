@@ -56,7 +56,9 @@ def build(
     world.roles = roles(model)
     for phase in CHAINS:
         _chain(host, phase, world, model, plans)
+    _check_boxes(world, model)
     masters = _materialize(host, world, model)
+    _connect_parts(world)
     owner = host.owner("optimizer")
     if owner is None:
         raise PluginError("?", "optimizer", "no plugin owns the optimizer; `camshaft validate` says how to add one")
@@ -164,13 +166,36 @@ def _materialize(host: Host, world: World, model: Module) -> Masters | None:
     else:
         from camshaft.models.init import materialize
 
-        materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.master)
+        materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.master, boxes=world.boxes)
     if not narrow:
         world.parts = whole_parts(model, world.roles)
         return None
     masters = Masters(model, world.roles, world.policy)
     world.parts = masters.parts
     return masters
+
+
+def _check_boxes(world: World, model: Module) -> None:
+    """Where an axis divides parameters, a norm needs to know of each how often it is there."""
+    if not world.boxes:
+        return
+    missing = [name for name, _ in model.named_parameters() if name not in world.boxes]
+    if missing:
+        raise PluginError(
+            "?", "shard_compute", f"world.boxes tells nothing of {len(missing)} parameters, the first '{missing[0]}'"
+        )
+
+
+def _connect_parts(world: World) -> None:
+    """Pieces learn of the whole parameters that they are of, and parts of the ranks that have the rest of the model."""
+    shape = world.mesh.shape
+    for parts in (world.parts, world.stored):
+        parts.attach(world.boxes)
+        data = () if parts.channel is None else tuple(parts.channel.axis.split("+"))
+        for attribute, axes in (("holders", ("tp",)), ("everyone", ("tp", "pp"))):
+            name = shape.joined(*data, *axes)
+            if name != shape.joined(*data):
+                setattr(parts, attribute, world.mesh.channel("core", name))
 
 
 def _check_optimizer(name: str, optimizer: Optimizer, world: World) -> None:

@@ -130,10 +130,11 @@ class BuildHooks:
         raise AssertionError
 
     @hookspec
-    def handlers(self, state: State) -> Mapping[Kind, Callable[[int], None]]:
+    def handlers(self, state: State) -> Mapping[Kind, Callable[[Action], None]]:
         """Collected. Callables for kinds of action that the core has none for; each kind has one owner.
 
-        The callable gets the microbatch. Since hook API 1.
+        The callable gets the action. The owner of ``schedule`` may also take F and B from the core, and makes them of
+        ``state.strokes``. Since hook API 1.
         """
         raise AssertionError
 
@@ -179,6 +180,15 @@ class StepHooks:
 
         When the last owner returns, gradients are the final sums that one process would have. To read or change them,
         implement ``post_reduce``. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
+    def reduce_parts(self, state: State) -> None:
+        """Event. Finish sums along axes that divide the model itself (``tp``), in ``part.tensor.grad`` of
+        ``state.world.parts``: they are summed along the data axes by now.
+
+        Called after ``reduce`` and before ``post_reduce``. Since hook API 1.
         """
         raise AssertionError
 

@@ -263,7 +263,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Loss, perplexity and bits per byte over ``eval_samples`` samples, evenly spread over the validation set."""
-        record = self.meter.evaluate(self.stepper.forward_call, self.data)
+        record = self.meter.evaluate(self.stepper.strokes.call, self.data)
         if record is not None:
             self._emit(record)
 

@@ -61,6 +61,14 @@ class MeshShape:
         own = [axis.name for axis in self.axes]
         return (*own, *(whole for whole, halves in HYBRID.items() if set(halves) <= set(own)))
 
+    def joined(self, *names: str) -> str:
+        """One name for several axes together (``pp+dp+tp``), of those with more than one rank; empty if there is none.
+
+        ``Mesh.channel`` and ``Mesh.group`` take it. Its ranks are in the order of their numbers.
+        """
+        wanted = {member for name in names for member in self.members(name)}
+        return "+".join(axis.name for axis in self.axes if axis.name in wanted and axis.degree > 1)
+
     def members(self, name: str) -> tuple[str, ...]:
         """The axes of the mesh that ``name`` means: itself, or both halves, the slower-varying first.
 
@@ -201,7 +209,7 @@ class Mesh:
         degrees = tuple(axis.degree for axis in shape.axes)
         names = tuple(axis.name for axis in shape.axes)
         timeout = timedelta(seconds=timeout_s)
-        joined = {name: _join(shape, rank, name, timeout) for name in shape.names[len(names) :]}
+        joined = {name: _join(shape, rank, shape.members(name), timeout) for name in shape.names[len(names) :]}
         mesh = cls(shape, rank, init_device_mesh(device_type, degrees, mesh_dim_names=names), joined, timeout)
         for name in names:  # groups of a part of the ranks do not take over the default group's (gloo: 30 minutes)
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.group(name))
@@ -218,20 +226,25 @@ class Mesh:
         return None if group is None else Channel(group, plugin, axis, self._timeout)
 
     def group(self, axis: str) -> ProcessGroup | None:
-        """Process group of this rank's peers along ``axis``; ``None`` when there is one process in all."""
+        """Process group of this rank's peers along ``axis``; ``None`` when there is one process in all.
+
+        For several axes together, ``axis`` is ``shape.joined``'s name of them. The first call makes that group: all
+        ranks must call it, in one order.
+        """
         if self.device_mesh is None:
             return None
+        if "+" in axis and axis not in self._joined:
+            self._joined[axis] = _join(self.shape, self.rank, tuple(axis.split("+")), self._timeout)
         return self._joined[axis] if axis in self._joined else self.device_mesh.get_group(axis)
 
 
-def _join(shape: MeshShape, rank: int, name: str, timeout: timedelta) -> ProcessGroup:
-    """The group along both halves of ``name``; only its own ranks make it, so that many ranks make few groups each.
+def _join(shape: MeshShape, rank: int, members: tuple[str, ...], timeout: timedelta | None) -> ProcessGroup:
+    """The group along axes ``members``; only its own ranks make it, so that many ranks make few groups each.
 
     ``DeviceMesh`` flattens two of its axes with a private method only.
     """
     import torch.distributed as dist
 
-    members = shape.members(name)
     own = _others(shape, rank, members)
     ranks = [peer for peer in range(shape.world_size) if _others(shape, peer, members) == own]
     group: ProcessGroup = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)

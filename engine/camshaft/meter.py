@@ -27,12 +27,17 @@ PEAK_FLOPS = {
 
 
 def global_sums(world: World, *values: torch.Tensor | float) -> list[float]:
-    """Sum scalars over every axis that splits the batch, in fp64 on the device, and copy them to the host once."""
+    """Sum scalars over every axis that splits the batch, in fp64 on the device, and copy them to the host once.
+
+    Values of what only the last part of a pipeline makes, so a rank that makes no loss adds 0, whatever it gives.
+    """
     total = torch.stack(
         [torch.as_tensor(value, dtype=torch.float64, device=world.device).reshape(()) for value in values]
     )
+    if not world.makes_loss:
+        total.zero_()
     for axis in world.mesh.shape.axes:
-        if axis.splits_batch and axis.degree > 1:
+        if (axis.splits_batch or axis.name == "pp") and axis.degree > 1:
             channel = world.mesh.channel("core", axis.name)
             assert channel is not None
             channel.all_reduce(total, "log").wait()

@@ -7,8 +7,8 @@ its own part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements ``start`` to ``start + length`` of the row-major flattening of parameter ``name``.
+class Box:
+    """Which rectangle of a parameter a rank computes with, where axes of the model (tensor parallel) divide it.
 
-    They lie at ``place`` of the flattened tensor that holds them. ``shape`` is the whole parameter's.
+    ``shape`` is the whole parameter's; the rectangle begins at index ``offset`` of it and has the shape of the rank's
+    own parameter. ``copies``: ranks along those axes that have the same rectangle; their values are bit-equal.
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    copies: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``start`` to ``start + length`` of the row-major flattening of parameter ``name`` of this rank's model.
+
+    They lie at ``place`` of the flattened tensor that holds them. ``shape`` is that of the model's parameter, which is
+    whole where ``box`` is None, and else the rectangle of the whole one that ``box`` tells.
     """
 
     name: str
@@ -33,6 +47,17 @@ class Piece:
     start: int
     place: int
     length: int
+    box: Box | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter as one process would have it."""
+        return self.shape if self.box is None else self.box.shape
+
+    @property
+    def copies(self) -> int:
+        """How often one copy of the whole model has these elements."""
+        return 1 if self.box is None else self.box.copies
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +75,7 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """Whether the tensor is one whole parameter in its own shape (perhaps a DTensor)."""
+        """Whether the tensor is one parameter of this rank's model, all of it, in its shape (perhaps a DTensor)."""
         shape = tuple(self.tensor.shape)
         return len(self.pieces) == 1 and self.pieces[0].shape == shape and self.pieces[0].length == prod(shape)
 
@@ -62,11 +87,19 @@ class Part:
 
 
 class Parts:
-    """All parts of this rank. ``channel`` reaches the ranks that hold the other pieces; None if every part is whole."""
+    """All parts of this rank.
+
+    ``channel`` reaches the ranks that hold the other pieces of this rank's parameters, along data axes; None if every
+    part is whole. ``holders`` reaches those, times the axes that divide a parameter itself (tensor parallel): sums over
+    one whole parameter go there. ``everyone`` reaches these, times the axes that divide the model into parameters
+    (pipeline parallel), so the ranks that together hold one copy of the model: sums over all parameters (the norm) go
+    there. In both each piece counts 1 / ``copies``; None where that is this rank alone. The build sets them.
+    """
 
     def __init__(self, parts: Iterable[Part], channel: Channel | None = None) -> None:
         self._parts = list(parts)
         self.channel = channel
+        self.holders = self.everyone = channel
         self.version = 0
         """How often parts were split: what was looked up in them holds while this stays the same."""
 
@@ -80,6 +113,11 @@ class Parts:
     def tensors(self) -> list[Parameter]:
         """What an optimizer is given, in order."""
         return [part.tensor for part in self._parts]
+
+    def attach(self, boxes: Mapping[str, Box]) -> None:
+        """Tell every piece which rectangle of the whole parameter its own is of."""
+        for part in self._parts:
+            part.pieces = tuple(replace(piece, box=boxes.get(piece.name)) for piece in part.pieces)
 
     def isolate(self, names: Iterable[str], optimizer: Optimizer | None = None) -> None:
         """Give each parameter of ``names`` parts of its own: it can be without a gradient, or be updated differently.
@@ -107,7 +145,7 @@ def _split(part: Part, names: set[str], optimizer: Optimizer | None) -> list[Par
     ranges = list(zip([0, *bounds], [*bounds, part.tensor.numel()], strict=True))
     fresh = []
     for run, (begin, end) in zip(runs, ranges, strict=True):
-        pieces = tuple(Piece(p.name, p.shape, p.start, p.place - begin, p.length) for p in run)
+        pieces = tuple(replace(piece, place=piece.place - begin) for piece in run)
         tensor = Parameter(part.tensor.data[begin:end])
         if part.tensor.grad is not None:
             tensor.grad = part.tensor.grad[begin:end]

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from camshaft.masters import Masters
     from camshaft.mesh import Mesh
     from camshaft.models.config import ModelConfig
-    from camshaft.parts import Parts
+    from camshaft.parts import Box, Parts
     from camshaft.recipe.schema import Recipe
     from camshaft.rundir import RunDirectory
+    from camshaft.strokes import Strokes
 
 
 Component = tuple[str, Callable[[], Mapping[str, Any]], Callable[[Mapping[str, Any]], None]]
@@ -78,6 +79,13 @@ class World:
     """Optimizer steps of the whole run, from max_steps, max_epochs or max_tokens."""
     roles: dict[str, str] = field(default_factory=dict)
     """Parameter name to role: ``matrix``, ``embedding``, ``norm`` or ``bias``; filled when the model is built."""
+    boxes: dict[str, Box] = field(default_factory=dict)
+    """Which rectangle of the whole each of this rank's parameters is, by name; set in ``shard_compute`` by the owner of
+    an axis that divides the model, for every parameter, also those that it replicates. Empty: all are whole."""
+    stages: dict[str, int] = field(default_factory=dict)
+    """Pipeline stage that each of this rank's parameters is in, by name; set by the owner of ``split``. Empty: all in 0."""
+    makes_loss: bool = True
+    """Whether the loss of this rank's samples is made on this rank; the others along ``pp`` have none to tell."""
     parts: Parts = field(default_factory=lambda: _no_parts())
     """What an optimizer updates, of parameters that train; set by the owner of ``materialize``, else by the build."""
     stored: Parts = field(default_factory=lambda: _no_parts())
@@ -110,8 +118,13 @@ class State:
     """Optimizer steps done."""
     microbatch: int = 0
     """Microbatch that is being worked on."""
+    stage: int = 0
+    """Pipeline stage that is being worked on, of those that this rank has."""
     final_backward: bool = False
-    """True during the window's last backward: gradients are complete when it ends."""
+    """True during the window's last backward of ``stage`` (of its weights, where that is an action of its own):
+    gradients of its parameters are complete when it ends."""
+    last_backward: bool = False
+    """True during the last backward of the window on this rank, whatever its stage."""
     window: Window | None = None
     loss: Tensor | None = None
     """Sum of token losses of this rank's part of the window, detached."""
@@ -128,6 +141,8 @@ class State:
     consumed_tokens: int = 0
     masters: Masters | None = None
     """Master weights that the core keeps, where they differ from the parameters and no owner of storage has them."""
+    strokes: Strokes | None = None
+    """What forward and backward of a microbatch are made of, for a plugin that runs F and B itself."""
     extras: dict[str, float] = field(default_factory=dict)
     """Host numbers that plugins add to the next log record, under ``plugin/<name>/<metric>``; empty after it."""
     components: list[Component] = field(default_factory=list)

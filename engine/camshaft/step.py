@@ -13,12 +13,16 @@ from camshaft.errors import PluginError
 from camshaft.host import Host
 from camshaft.program import Action, Kind
 from camshaft.state import State
+from camshaft.strokes import Strokes
 
-Bound = tuple[tuple[Callable[[int], None], int, str], ...]
+Handler = Callable[[Action], None]
+Bound = tuple[tuple[Handler, Action, str], ...]
 Beat = Callable[[int, str], None]
 PHASES = {
     Kind.F: "forward",
     Kind.B: "backward",
+    Kind.I: "backward",
+    Kind.W: "backward",
     Kind.REDUCE: "reduce",
     Kind.CLIP: "clip",
     Kind.STEP: "optimizer",
@@ -31,20 +35,13 @@ def silent(step: int, phase: str) -> None:
 
 
 class Stepper:
-    """Runs windows: the checked program with every action bound, and the numbers that divide the loss.
-
-    The loss is a pair (sum, weight). Only here is it divided: once, by the weight summed over the window and over
-    every axis that splits the batch, before the first backward, so that gradients come out final in scale.
-    """
+    """Runs windows: the checked program with every action bound to who runs it."""
 
     def __init__(self, host: Host, state: State, program: tuple[Action, ...]) -> None:
         self.state = state
-        world = state.world
-        self.replicas = world.world_size // world.mesh.shape.batch_degree
-        self.forward_call = bind.middleware(host, "around_forward", state, state.model)
-        self._pre_forward = bind.event(host, "pre_forward")
-        self._post_backward = bind.event(host, "post_backward")
+        self.strokes = state.strokes = Strokes(host, state, program)
         self._reduce = bind.event(host, "reduce")
+        self._reduce_parts = bind.event(host, "reduce_parts")
         # The owner of precision divides out the loss scale there: the others see gradients without it.
         precision = host.owner("precision")
         self._post_reduce = bind.event(host, "post_reduce", first=None if precision is None else precision[0])
@@ -55,13 +52,15 @@ class Stepper:
         self._release = bind.slot(host, "release") or self._free
         self._step = bind.middleware(host, "around_step", state, self._innermost_step(host))
         self.post_step = bind.event(host, "post_step") or (lambda state: None)
-        self._losses: list[Tensor | None] = [None] * world.batch.accumulation
-        self._last = [action.microbatch for action in program if action.kind is Kind.B][-1]
-        self._scale: Tensor | None = None
-        self.stop_votes = 0
+        self._losses: list[Tensor | None] = [None] * state.world.batch.accumulation
         self.program = self._bind(host, program)
         for group in state.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+
+    @property
+    def stop_votes(self) -> int:
+        """How many ranks were asked to stop before the window just run."""
+        return self.strokes.stop_votes
 
     def run(self, stop_requested: bool, beat: Beat = silent) -> None:
         """Run one window; ``state.window`` is set. ``stop_votes`` then tells how many ranks were asked to stop.
@@ -69,17 +68,15 @@ class Stepper:
         ``beat`` is told what comes next, so that a rank that dies can be said to have died there.
         """
         state = self.state
-        assert state.window is not None
-        state.control.start((state.window.weight, int(stop_requested)))
-        state.loss, state.grad_norm, state.skipped = None, None, False
-        self._scale = None
+        self.strokes.start_window(stop_requested)
+        state.grad_norm, state.skipped = None, False
         seed_step(state)
-        for call, microbatch, phase in self.program:
+        for call, action, phase in self.program:
             beat(state.step, phase)
-            call(microbatch)
+            call(action)
 
     def _bind(self, host: Host, program: tuple[Action, ...]) -> Bound:
-        table: dict[Kind, Callable[[int], None]] = {
+        table: dict[Kind, Handler] = {
             Kind.F: self._do_forward,
             Kind.B: self._do_backward,
             Kind.REDUCE: self._do_reduce,
@@ -87,16 +84,19 @@ class Stepper:
             Kind.STEP: self._do_step,
         }
         owners = dict.fromkeys(table, "core")
+        scheduler = host.owner("schedule")
         for name, handlers in host.call("handlers", self.state):
             for kind, handler in handlers.items():
-                if kind in owners:
+                # Who says in which order microbatches go may also say how; nobody else takes them from the core.
+                yields = kind in (Kind.F, Kind.B) and scheduler is not None and scheduler[0] == name
+                if kind in owners and not (yields and owners[kind] == "core"):
                     raise PluginError(name, "handlers", f"action {kind.name} already belongs to '{owners[kind]}'")
                 owners[kind], table[kind] = name, handler
         missing = sorted({action.kind.name for action in program if action.kind not in table})
         if missing:
             raise PluginError("?", "handlers", f"the program has actions that nobody runs: {', '.join(missing)}")
         self.actors = frozenset(owners[action.kind] for action in program) - {"core"}
-        return tuple((table[action.kind], action.microbatch, PHASES.get(action.kind, "step")) for action in program)
+        return tuple((table[action.kind], action, PHASES.get(action.kind, "step")) for action in program)
 
     def _innermost_step(self, host: Host) -> Callable[[], None]:
         owner, state = bind.slot(host, "step"), self.state
@@ -104,45 +104,30 @@ class Stepper:
             return state.optimizer.step
         return lambda: owner(state)
 
-    def _do_forward(self, microbatch: int) -> None:
-        state = self.state
-        assert state.window is not None
-        state.microbatch = microbatch
-        batch = state.window.batches[microbatch]
-        if self._pre_forward is not None:
-            self._pre_forward(state, batch)
-        self._losses[microbatch] = self.forward_call(batch)
+    def _do_forward(self, action: Action) -> None:
+        self._losses[action.microbatch] = self.strokes.forward(action)
 
-    def _do_backward(self, microbatch: int) -> None:
-        state, loss = self.state, self._losses[microbatch]
+    def _do_backward(self, action: Action) -> None:
+        loss, strokes = self._losses[action.microbatch], self.strokes
         assert loss is not None
-        state.microbatch = microbatch
-        state.final_backward = microbatch == self._last
-        if self._scale is None:
-            self._scale = self._agree(loss)
-        torch.autograd.backward(loss, self._scale)
-        self._losses[microbatch] = None
-        detached = loss.detach()
-        state.loss = detached if state.loss is None else state.loss + detached
-        if self._post_backward is not None:
-            self._post_backward(state)
+        strokes.begin_backward(action)
+        torch.autograd.backward(loss, strokes.scale(loss))
+        self._losses[action.microbatch] = None
+        strokes.count(loss)
+        strokes.end_backward()
 
-    def _agree(self, loss: Tensor) -> Tensor:
-        """Wait for the window's total weight, and return 1 / weight as the gradient that enters each backward."""
-        weight, self.stop_votes = self.state.control.finish()
-        self.total_weight = weight // self.replicas
-        scale = torch.full_like(loss, 1.0 / max(self.total_weight, 1))
-        return scale if self.state.loss_scale is None else scale.mul_(self.state.loss_scale)
-
-    def _do_reduce(self, _: int) -> None:
+    def _do_reduce(self, _: Action) -> None:
+        self.strokes.agree()  # a rank without a loss has not asked yet
         if self._reduce is not None:
             self._reduce(self.state)
         if self._masters is not None:
             self._masters.take_gradients()
+        if self._reduce_parts is not None:
+            self._reduce_parts(self.state)
         if self._post_reduce is not None:
             self._post_reduce(self.state)
 
-    def _do_clip(self, _: int) -> None:
+    def _do_clip(self, _: Action) -> None:
         if self._clip is not None:
             self.state.grad_norm = self._clip(self.state)
 
@@ -153,7 +138,7 @@ class Stepper:
         for part in self.state.world.parts:
             part.tensor.grad = None
 
-    def _do_step(self, _: int) -> None:
+    def _do_step(self, _: Action) -> None:
         state = self.state
         assert state.window is not None
         groups = state.optimizer.param_groups

@@ -72,7 +72,7 @@ class Gathers(Plugin):
     def handlers(self):
         return {Kind.UNSHARD: self.gather}
 
-    def gather(self, microbatch):
+    def gather(self, action):
         self.calls += 1
 
 

@@ -195,7 +195,7 @@ class WrongModel(Plugin):
 class Takes(Plugin):
     @hookimpl
     def handlers(self, state):
-        return {Kind.F: lambda microbatch: None}
+        return {Kind.F: lambda action: None}
 
 
 class Unhandled(Plugin):

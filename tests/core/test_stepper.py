@@ -122,7 +122,7 @@ def test_the_last_backward_of_the_program_is_the_final_one_whatever_its_number()
 
         @hookimpl
         def handlers(self, state):
-            return {Kind.SEND_F: lambda microbatch: seen.append(("send", microbatch))}
+            return {Kind.SEND_F: lambda action: seen.append(("send", action.microbatch))}
 
     order = ((Kind.F, 0), (Kind.F, 1), (Kind.B, 1), (Kind.SEND_F, 1), (Kind.B, 0), (Kind.REDUCE, -1))
     program = (*(Action(*pair) for pair in order), Action(Kind.CLIP), Action(Kind.STEP))

@@ -86,6 +86,9 @@ class Plugin(camshaft.Plugin):
     def post_backward(self) -> None: ...
 
     @hookimpl
+    def reduce_parts(self) -> None: ...
+
+    @hookimpl
     def post_reduce(self) -> None: ...
 
     @hookimpl

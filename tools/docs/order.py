@@ -28,7 +28,7 @@ OPEN = Stage("Open", ("load", "load_state_dict", "post_load", "pre_run"))
 STEP = (
     Stage("F forward", ("pre_forward", "around_forward"), "loss sum, weight"),
     Stage("B backward", ("post_backward",), "gradients"),
-    Stage("REDUCE", ("reduce", "post_reduce")),
+    Stage("REDUCE", ("reduce", "reduce_parts", "post_reduce")),
     Stage("CLIP", ("clip",)),
     Stage("STEP", ("lr", "around_step", "step", "release")),
     Stage("records", ("log",), "at intervals"),

@@ -32,7 +32,8 @@ class Batch:
 
     ``tokens``, ``labels`` (-100: does not count) and ``positions`` are int64; ``document`` is int32, equal
     where attention is allowed, or None for plain causal attention. ``weight`` is the number of labels that
-    count.
+    count. Where a pipeline runs the model in parts, ``stage`` is the part to run (None: all of it), and ``hidden``
+    what the stage before made of this microbatch (None in the first).
     """
 
     tokens: Tensor
@@ -40,6 +41,8 @@ class Batch:
     positions: Tensor
     document: Tensor | None
     weight: int
+    stage: int | None = None
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; asynchronous from pinned memory."""

@@ -10,7 +10,7 @@ seed (blocks of a large model would repeat), and its normal numbers differ betwe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -27,6 +27,8 @@ from camshaft.models.roles import Initial, Owned, initial_values, owned_paramete
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.placement_types import Placement
+
+    from camshaft.parts import Box
 
 BLOCK = 16_384
 """Values of a block. Below the size from which torch spreads a copy over threads, which costs more than it saves."""
@@ -137,10 +139,12 @@ def materialize(
     device: torch.device | str,
     dtype: torch.dtype,
     only: Container[str] | None = None,
+    boxes: Mapping[str, Box] | None = None,
 ) -> None:
     """Give every parameter (of the names in ``only``) and buffer its storage on ``device`` and first values, in place.
 
-    A DTensor parameter gets its local shard only; together the shards hold what one process would have.
+    A parameter of ``boxes`` gets that rectangle of the whole one's values, and a DTensor its local shard; together they
+    hold what one process would have.
 
     Parameters stay the same Python objects: ties, ``requires_grad``, attributes and references that plugins hold
     remain. Modules with buffers compute them in their ``reset_buffers(device)``; buffers that are not on meta are
@@ -155,7 +159,7 @@ def materialize(
     for parameter in owned:
         _refuse_hooks(parameter)
     # Storage is taken here, because the current GPU belongs to a thread; drawing numbers releases the GIL.
-    shards = [_shard(each.parameter, device, dtype) for each in owned]
+    shards = [_shard(each.parameter, device, dtype, (boxes or {}).get(each.name)) for each in owned]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(partial(_fill_shard, seed), owned, shards))
     for each, shard in zip(owned, shards, strict=True):
@@ -177,9 +181,11 @@ def _layout(parameter: Any) -> tuple[DeviceMesh, Sequence[Placement]] | None:
     return (parameter.device_mesh, parameter.placements) if hasattr(parameter, "placements") else None
 
 
-def _shard(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> _Shard:
-    """Empty storage for this rank's part of a parameter: all of it, unless it is a DTensor."""
+def _shard(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype, box: Box | None) -> _Shard:
+    """Empty storage for this rank's part of a parameter: all of it, unless it is a DTensor or has a box."""
     shape = tuple(parameter.shape)
+    if box is not None:
+        return _Shard(torch.empty(shape, dtype=dtype, device=device), box.shape, box.offset)
     layout = _layout(parameter)
     if layout is None:
         return _Shard(torch.empty(shape, dtype=dtype, device=device), shape, (0,) * len(shape))

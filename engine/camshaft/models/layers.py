@@ -121,7 +121,6 @@ class Attention(nn.Module):
         std, bias, hidden = config.initializer_range, config.attention_bias, config.hidden_size
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.group = config.num_attention_heads // config.num_key_value_heads
         self.q_proj = Linear(hidden, queries, std, bias=bias)
         self.k_proj = Linear(hidden, keys, std, bias=bias)
         self.v_proj = Linear(hidden, keys, std, bias=bias)
@@ -138,9 +137,10 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope, v.dtype), rotate(k, rope, v.dtype)
-        grouped = self.group > 1
+        group = q.shape[2] // k.shape[2]
+        grouped = group > 1
         if grouped and mask is not None and v.device.type not in MASKED_GROUPS:
-            k, v, grouped = k.repeat_interleave(self.group, 2), v.repeat_interleave(self.group, 2), False
+            k, v, grouped = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), False
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

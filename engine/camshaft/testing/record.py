@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,8 @@ class Probe(Plugin):
     @hookimpl
     def post_step(self, state: State) -> None:
         """Copy what the step left."""
-        assert state.loss is not None and state.window is not None
-        loss, weight = global_sums(state.world, state.loss, float(state.window.weight))
+        assert state.window is not None
+        loss, weight = global_sums(state.world, state.loss or 0.0, float(state.window.weight))
         self.records.append(
             StepRecord(
                 step=state.step,
@@ -66,16 +67,29 @@ class Probe(Plugin):
 def gradients(world: World, model: Module) -> dict[str, Tensor | None]:
     """Copies of all summed gradients by name, whole; None for parameters without one."""
     held = {part: part.tensor.grad for part in world.parts}
-    found = dict[str, Tensor | None](dict.fromkeys(name for name, _ in model.named_parameters()))
+    found = dict[str, Tensor | None](dict.fromkeys(_names(world, model)))
     return found | assemble(world, {part: value for part, value in held.items() if value is not None})
 
 
 def weights(world: World, model: Module) -> dict[str, Tensor]:
     """Copies of all parameters by name, whole; the masters of those that train."""
-    divided = assemble(world, {part: part.tensor for parts in (world.parts, world.stored) for part in parts})
-    return {
-        name: divided[name] if name in divided else _copy(parameter) for name, parameter in model.named_parameters()
-    }
+    held = {part: part.tensor for parts in (world.parts, world.stored) for part in parts}
+    inside = {piece.name for part in held for piece in part.pieces}
+    rest = {name: parameter for name, parameter in model.named_parameters() if name not in inside}
+    if _alone(world):
+        return assemble(world, held) | {name: _copy(parameter) for name, parameter in rest.items()}
+    for name, parameter in rest.items() if world.readable else ():
+        shape = tuple(parameter.shape)
+        part = Part(parameter, "", (Piece(name, shape, 0, 0, parameter.numel(), world.boxes.get(name)),))
+        held[part] = parameter
+    found = assemble(world, held)
+    return {name: found[name] for name in _names(world, model)}
+
+
+def _names(world: World, model: Module) -> list[str]:
+    """Every parameter of the whole model once, those of early ranks first."""
+    own = [name for name, _ in model.named_parameters()]
+    return list(dict.fromkeys(name for of_rank in _share(world, own) for name in of_rank))
 
 
 def optimizer_state(world: World, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -99,21 +113,36 @@ def assemble(world: World, values: Mapping[Part, Tensor]) -> dict[str, Tensor]:
     pieces: list[tuple[Piece, Tensor]] = []
     found: dict[str, Tensor] = {}
     for part, value in values.items():
-        if isinstance(value, DTensor) or (part.whole and world.parts.channel is None):
+        if isinstance(value, DTensor) or (part.whole and _alone(world)):
             found[part.pieces[0].name] = _copy(value)
         else:
             pieces += [(piece, _copy(flat)) for piece, flat in part.slices(value.detach())]
     filled: dict[str, Tensor] = {}
     for piece, flat in (each for of_rank in _share(world, pieces) for each in of_rank):
-        whole = found.setdefault(piece.name, torch.zeros(piece.shape, dtype=flat.dtype)).view(-1)
+        whole = found.setdefault(piece.name, torch.zeros(piece.whole_shape, dtype=flat.dtype)).view(-1)
         mask = filled.setdefault(piece.name, torch.zeros(whole.numel(), dtype=torch.bool))
-        stretch = slice(piece.start, piece.start + piece.length)
-        both = mask[stretch]
-        assert torch.equal(whole[stretch][both], flat[both]), f"ranks hold unequal copies of '{piece.name}'"
-        whole[stretch] = flat
-        mask[stretch] = True
+        places = _places(piece)
+        both = mask[places]
+        assert torch.equal(whole[places][both], flat[both]), f"ranks hold unequal copies of '{piece.name}'"
+        whole[places] = flat
+        mask[places] = True
     assert all(bool(mask.all()) for mask in filled.values()), "elements that no rank holds"
     return found
+
+
+def _places(piece: Piece) -> slice | Tensor:
+    """Where in the flattened whole parameter the elements of ``piece`` are."""
+    stretch = slice(piece.start, piece.start + piece.length)
+    if piece.box is None:
+        return stretch
+    index = torch.arange(math.prod(piece.whole_shape)).view(piece.whole_shape)
+    rectangle = tuple(slice(at, at + size) for at, size in zip(piece.box.offset, piece.shape, strict=True))
+    return index[rectangle].reshape(-1)[stretch]
+
+
+def _alone(world: World) -> bool:
+    """Whether every parameter is on this rank, whole."""
+    return world.world_size == 1 or (world.parts.everyone is None and not world.boxes)
 
 
 def shared_keys(world: World, keys: Collection[str]) -> list[str]:
@@ -140,8 +169,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _share(world: World, own: Any) -> list[Any]:
-    """What every rank has to say; nothing is exchanged where every part is whole."""
-    if world.parts.channel is None or world.world_size == 1:
+    """What every rank has to say; nothing is exchanged where all of it is here."""
+    if _alone(world):
         return [own]
     everyone: list[Any] = [None] * world.world_size
     dist.all_gather_object(everyone, own)
