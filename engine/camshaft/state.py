@@ -83,7 +83,7 @@ class World:
     """Which rectangle of the whole each of this rank's parameters is, by name; set in ``shard_compute`` by the owner of
     an axis that divides the model, for every parameter, also those that it replicates. Empty: all are whole."""
     stages: dict[str, int] = field(default_factory=dict)
-    """Pipeline stage that each of this rank's parameters is in, by name; set by the owner of ``split``. Empty: all in 0."""
+    """Pipeline stage of each of this rank's parameters, by name; set by the owner of ``split``. Empty: all in 0."""
     makes_loss: bool = True
     """Whether the loss of this rank's samples is made on this rank; the others along ``pp`` have none to tell."""
     parts: Parts = field(default_factory=lambda: _no_parts())

@@ -57,6 +57,7 @@ def stub(parallel, world_size, *, rank=0, sums=(12, 0), values=(1.0, 3.0), step=
         device=torch.device("cpu"),
         batch=BatchPlan(1, len(values), len(values)),
         parts=whole_parts(model, {"weight": "matrix"}),
+        stages={},
     )
     batches = [SimpleNamespace(value=value) for value in values]
     return SimpleNamespace(
@@ -88,7 +89,7 @@ def test_ranks_that_share_samples_count_their_weight_once(parallel, world_size, 
     stepper = Stepper(Host({}), state, accumulate(2))
     stepper.run(stop_requested=False)
     assert state.control.started == [(6, 0)]
-    assert stepper.total_weight == weight
+    assert stepper.strokes.total_weight == weight
     # Two microbatches of 1 and 3: the gradient is their sum over the weight, the rate 0.5.
     assert float(state.model.weight.detach()) == pytest.approx(2.0 - 0.5 * 4.0 / weight, rel=1e-15)
     assert float(state.loss) == 8.0 and (state.step, state.consumed_samples, state.consumed_tokens) == (1, 1, 32)
