@@ -74,7 +74,8 @@ def gradients(world: World, model: Module) -> dict[str, Tensor | None]:
 def weights(world: World, model: Module) -> dict[str, Tensor]:
     """Copies of all parameters by name, whole; the masters of those that train."""
     held = {part: part.tensor for parts in (world.parts, world.stored) for part in parts}
-    inside = {piece.name for part in held for piece in part.pieces}
+    own = sorted({piece.name for part in held for piece in part.pieces})
+    inside = {name for of_rank in _share(world, own) for name in of_rank}
     rest = {name: parameter for name, parameter in model.named_parameters() if name not in inside}
     if _alone(world):
         return assemble(world, held) | {name: _copy(parameter) for name, parameter in rest.items()}
