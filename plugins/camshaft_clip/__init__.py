@@ -1,8 +1,10 @@
 """Gradient clipping by global norm (Pascanu et al., arXiv:1211.5063).
 
 Invariant: the norm is that of the whole model's gradient, each parameter counted once whatever axes it is sharded or
-replicated on. It is computed in fp32 or wider, stays on the device, and is the norm before clipping. The coefficient is
-min(1, max_norm / (norm + 1e-6)), as in torch. Claims nothing. Traffic: one scalar for each mesh that shards gradients.
+replicated on (data, tensor, pipeline): squares of what several ranks hold alike are divided by their number. It is
+computed in fp32 or wider, stays on the device, is the norm before clipping, and is equal in every bit on all ranks. The
+coefficient is min(1, max_norm / (norm + 1e-6)), as in torch. Claims nothing. Traffic: one fp64 scalar over the ranks
+that hold one copy of the model together, and one for each layout of gradients that are DTensors.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from camshaft.state import State
+    from camshaft_clip.norm import Clipper
 
 
 class Options(camshaft.Options):
@@ -30,10 +33,17 @@ class Plugin(camshaft.Plugin):
     """Global gradient norm, and clipping by it."""
 
     Options = Options
+    _clipper: Clipper
 
     @camshaft.hookimpl
-    def clip(self, state: State) -> Tensor:
-        """Scale gradients in place; return the norm before."""
-        from camshaft_clip.norm import clip_
+    def bind(self, state: State) -> None:
+        """Everything is known of the parts but how they will be split."""
+        from camshaft_clip.norm import Clipper
 
-        return clip_(state.world.parts, self.options.max_norm)
+        world = state.world
+        self._clipper = Clipper(world.parts, self.options.max_norm, master=world.policy.master, device=world.device)
+
+    @camshaft.hookimpl
+    def clip(self) -> Tensor:
+        """Scale gradients in place; return the norm before."""
+        return self._clipper()

@@ -1,58 +1,109 @@
-"""The global norm over plain, divided and laid-out gradients."""
+"""The global norm over plain, divided, copied and laid-out gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from camshaft.parts import Parts
+from camshaft.parts import Part, Parts
+
+Spans = tuple[tuple[int, int, int], ...]
+"""(begin, end, copies) of each stretch of a part's flattened tensor whose elements have equally many copies."""
 
 
-def clip_(parts: Parts, max_norm: float | None) -> Tensor:
-    """Clip in place; return the norm before clipping, a scalar in fp32 or wider on the gradients' device.
+class Clipper:
+    """Clips the gradients of ``parts``.
 
-    Parts without a gradient are left out. A NaN or infinite norm makes every gradient NaN or zero, and is
-    returned as it is: the core refuses it at the next log interval.
+    ``master`` is the dtype of the norm where ranks agree on it, and ``device`` where it lies: ranks without any part
+    cannot tell. ``max_norm`` None: nothing is changed.
     """
-    gradients = [tensor.grad for tensor in parts.tensors if tensor.grad is not None]
-    norm = global_norm(gradients, parts)
-    if max_norm is not None and gradients:
-        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
-        if not (coefficient.is_cpu and bool(coefficient == 1.0)):
-            torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
-    return norm
+
+    def __init__(self, parts: Parts, max_norm: float | None, *, master: torch.dtype, device: torch.device) -> None:
+        self._parts, self._max_norm, self._device = parts, max_norm, device
+        self._wide = torch.float64 if master == torch.float64 else torch.float32
+        self._version = -1
+        self._spans: list[tuple[Part, Spans]] = []
+
+    def __call__(self) -> Tensor:
+        """Clip in place; return the norm before clipping, a scalar in fp32 or wider on the gradients' device.
+
+        Parts without a gradient are left out. A NaN or infinite norm makes every gradient NaN or zero, and is
+        returned as it is: the core refuses it at the next log interval. Collective where parts are divided over ranks;
+        norm and coefficient are then equal in every bit on all of them.
+        """
+        norm = self.norm()
+        gradients = [tensor.grad for tensor in self._parts.tensors if tensor.grad is not None]
+        if self._max_norm is not None and gradients:
+            coefficient = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
+            # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
+            if not (coefficient.is_cpu and bool(coefficient == 1.0)):
+                torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
+        return norm
+
+    def norm(self) -> Tensor:
+        """L2 norm over the gradients of one copy of the model, each element counted once.
+
+        Where parts are divided over ranks, or ranks hold other parts, the squares of all are summed over those, what
+        several of them hold divided by how many they are. Gradients that are DTensors contribute their local shard;
+        their squares are summed over the mesh axes that they are sharded on, one reduction for each distinct layout.
+        Without any gradient it is 0.
+        """
+        everyone = self._parts.everyone
+        if everyone is None or everyone.size == 1:
+            return self._norm_here([tensor.grad for tensor in self._parts.tensors if tensor.grad is not None])
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for copies, members in self._by_copies().items():
+            total += _square(members).div_(copies)
+        everyone.all_reduce(total, "clip").wait()
+        return total.sqrt().to(self._wide)
+
+    def _norm_here(self, gradients: Sequence[Tensor]) -> Tensor:
+        if not gradients:
+            return torch.zeros((), device=self._device)
+        if len({_layout(gradient) for gradient in gradients}) == 1 and not isinstance(gradients[0], DTensor):
+            return _local_norm(gradients)
+        wide = any(gradient.dtype == torch.float64 for gradient in gradients)
+        return _square(gradients).sqrt().to(torch.float64 if wide else torch.float32)
+
+    def _by_copies(self) -> dict[int, list[Tensor]]:
+        """Gradients, or stretches of them, by how many ranks hold the same."""
+        if self._version != self._parts.version:
+            self._version = self._parts.version
+            self._spans = [(part, tuple(_spans(part))) for part in self._parts]
+        found: dict[int, list[Tensor]] = {}
+        for part, spans in self._spans:
+            gradient = part.tensor.grad
+            if gradient is None:
+                continue
+            if len(spans) == 1:
+                found.setdefault(spans[0][2], []).append(gradient)
+                continue
+            flat = gradient.view(-1)
+            for begin, end, copies in spans:
+                found.setdefault(copies, []).append(flat[begin:end])
+        return found
 
 
-def global_norm(gradients: Sequence[Tensor], parts: Parts) -> Tensor:
-    """L2 norm over all gradients, each counted once.
+def _spans(part: Part) -> Iterator[tuple[int, int, int]]:
+    for copies, run in groupby(part.pieces, key=lambda piece: piece.copies):
+        pieces = list(run)  # between them is padding, which is 0
+        yield pieces[0].place, pieces[-1].place + pieces[-1].length, copies
 
-    Where parts are divided over ranks, the squares of all are summed over those. Gradients that are DTensors
-    contribute their local shard; their squares are summed over the mesh axes that they are sharded on, one reduction
-    for each distinct layout. Without any gradient it is 0.
-    """
+
+def _square(gradients: Iterable[Tensor]) -> Tensor:
+    """Square of the norm, fp64; of DTensors over all their shards."""
     layouts: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         layouts.setdefault(_layout(gradient), []).append(gradient)
-    alone = parts.channel is None or parts.channel.size == 1
-    if alone and len(layouts) == 1 and not isinstance(gradients[0], DTensor):
-        return _local_norm(gradients)
-    squares = [_reduced_square(members) for members in layouts.values()]
-    device = parts.tensors[0].device if len(parts) else None
-    total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
-    if parts.channel is not None and not alone:
-        total = total.double()  # one dtype on all ranks, also on those that hold nothing
-        parts.channel.all_reduce(total, "clip").wait()
-        wide = any(tensor.dtype == torch.float64 for tensor in parts.tensors)
-        return total.sqrt().to(torch.float64 if wide else torch.float32)
-    return total.sqrt()
+    return torch.stack([_reduced_square(members) for members in layouts.values()]).sum()
 
 
 def _reduced_square(members: Sequence[Tensor]) -> Tensor:
-    square = _local_norm([_local(member) for member in members]).square()
+    square = _local_norm([_local(member) for member in members]).double().square()
     first = members[0]
     if isinstance(first, DTensor):
         for axis, placement in enumerate(first.placements):

@@ -6,9 +6,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from camshaft.parts import Part, Parts, Piece
+from camshaft.comm import Channel
+from camshaft.parts import Box, Part, Parts, Piece
 from camshaft.testing.ranks import run_ranks
-from camshaft_clip import norm as clipping
+from camshaft_clip.norm import Clipper
 
 
 def parameters(*shapes, dtype=torch.float64):
@@ -26,11 +27,12 @@ def parts_of(made):
 
 
 def clip_(made, max_norm):
-    return clipping.clip_(parts_of(made), max_norm)
+    device = made[0].device if made else torch.device("cpu")
+    return Clipper(parts_of(made), max_norm, master=torch.float32, device=device)()
 
 
-def global_norm(gradients):
-    return clipping.global_norm(gradients, parts_of([]))
+def global_norm(made):
+    return clip_(made, None)
 
 
 def flat(made):
@@ -114,9 +116,9 @@ def laid_out(rank, world_size):
         laid = nn.Parameter(distribute_tensor(parameter.detach(), mesh, placements))
         laid.grad = distribute_tensor(parameter.grad, mesh, placements)
         held.append(laid)
-    norm = global_norm([parameter.grad for parameter in held])
+    norm = global_norm(held)
     clip_(held, 0.5)
-    after = global_norm([parameter.grad for parameter in held])
+    after = global_norm(held)
     return float(norm), float(whole), float(after)
 
 
@@ -130,9 +132,56 @@ def partial(rank, world_size):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     gradient = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     with pytest.raises(ValueError, match="still partial: it was not reduced before the norm"):
-        global_norm([gradient])
+        parameter = nn.Parameter(DTensor.from_local(torch.zeros(3), mesh, [Partial()]))
+        parameter.grad = gradient
+        global_norm([parameter])
     return True
 
 
 def test_a_gradient_that_was_never_reduced_is_refused():
     assert run_ranks(2, partial) == [True, True]
+
+
+WHOLE = {"a": (4, 6), "b": (5,), "c": (3, 2)}
+
+
+def gradient_of(name):
+    generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
+    return torch.randn(WHOLE[name], generator=generator, dtype=torch.float64).to(torch.float32)
+
+
+def copied(rank, world_size):
+    """Ranks 0 and 1: halves of ``a`` and copies of ``b`` in one flat tensor with padding; 2: ``c``; 3: nothing."""
+    channel = Channel(torch.distributed.group.WORLD, "core", "pp+tp")
+    held = []
+    if rank < 2:
+        half = Piece("a", (4, 3), 0, 0, 12, Box((4, 6), (0, 3 * rank)))
+        flat = torch.zeros(32)
+        flat[:12] = gradient_of("a")[:, 3 * rank : 3 * rank + 3].reshape(-1)
+        flat[16:21] = gradient_of("b")
+        pieces = (half, Piece("b", (5,), 0, 16, 5, Box((5,), (0,), copies=2)))
+        held.append(Part(nn.Parameter(torch.zeros(32)), "matrix", pieces))
+        held[0].tensor.grad = flat
+    elif rank == 2:
+        whole = nn.Parameter(torch.zeros(3, 2))
+        whole.grad = gradient_of("c")
+        held.append(Part(whole, "matrix", (Piece("c", (3, 2), 0, 0, 6),)))
+    parts = Parts(held)
+    parts.everyone = channel
+    clipper = Clipper(parts, 0.25, master=torch.float32, device=torch.device("cpu"))
+    before = clipper.norm()
+    parts.isolate(["a"])
+    split = clipper()
+    after = clipper.norm()
+    return before, split, after, sum(float(tensor.grad[tensor.grad != 0].numel()) for tensor in parts.tensors)
+
+
+def test_copies_count_once_and_all_ranks_get_the_same_bits():
+    whole = torch.cat([gradient_of(name).reshape(-1).double() for name in WHOLE]).norm()
+    reports = run_ranks(4, copied)
+    for before, split, after, _ in reports:
+        assert before.dtype == torch.float32
+        assert torch.equal(before, reports[3][0]) and torch.equal(split, before) and torch.equal(after, reports[3][2])
+        assert float(before) == pytest.approx(float(whole), rel=1e-7)
+        assert float(after) == pytest.approx(0.25, rel=1e-5)
+    assert [count for *_, count in reports] == [17, 17, 6, 0]
