@@ -98,8 +98,9 @@ class Native(Storage):
         world = self._world
         inside = {member.name for unit in self.units for member in unit.layout.members}
         rest = {name for name, _ in model.named_parameters()} - inside
-        materialize(model, seed=world.recipe.seed, device=world.device, dtype=world.policy.param, only=rest)
-        give_values(model, self.units, world.recipe.seed)
+        dtype, boxes = world.policy.param, world.boxes
+        materialize(model, seed=world.recipe.seed, device=world.device, dtype=dtype, only=rest, boxes=boxes)
+        give_values(model, self.units, world.recipe.seed, boxes)
         give_storage(self.units, world.device)
         publish(self.units, "materialize")
         world.parts, world.stored = make_parts(self.units, self.grid)

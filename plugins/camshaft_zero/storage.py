@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from camshaft.models.init import fill, place
+from camshaft.models.init import fill_stretch, place
 from camshaft.models.roles import initial_values, owned_parameters
 from camshaft.parts import Part, Parts
 from camshaft_zero.grid import Grid
@@ -18,6 +18,7 @@ from camshaft_zero.layout import Layout
 
 if TYPE_CHECKING:
     from camshaft.comm import Pending
+    from camshaft.parts import Box
     from camshaft.state import World
 
 
@@ -83,16 +84,19 @@ def publish(units: Sequence[Unit], hook: str) -> None:
                 pending.wait()
 
 
-def give_values(model: Module, units: Sequence[Unit], seed: int) -> None:
-    """First values of what this rank updates; the others' come with ``publish``. Needs one block besides the target."""
+def give_values(model: Module, units: Sequence[Unit], seed: int, boxes: Mapping[str, Box]) -> None:
+    """First values of what this rank updates; the others' come with ``publish``. Needs one block besides the target.
+
+    ``boxes``: which rectangles of whole parameters the model's are.
+    """
     initial = {owned.name: initial_values(owned) for owned in owned_parameters(model)}
     for unit in units:
         for _, first, _, pieces in unit.layout.pieces(unit.begin, unit.end):
             for piece in pieces:
                 at = first - unit.begin + piece.place
-                whole = (_elements(piece.shape),)
-                target = unit.master[at : at + piece.length]
-                fill(target, piece.name, initial[piece.name], seed=seed, shape=whole, offset=(piece.start,))
+                target, first_values = unit.master[at : at + piece.length], initial[piece.name]
+                box, start = boxes.get(piece.name), piece.start
+                fill_stretch(target, piece.name, first_values, seed=seed, shape=piece.shape, start=start, box=box)
 
 
 def give_storage(units: Sequence[Unit], device: torch.device) -> None:
@@ -107,13 +111,6 @@ def give_storage(units: Sequence[Unit], device: torch.device) -> None:
 def nothing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of this shape without memory: whoever uses it gets NaN."""
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def make_parts(units: Sequence[Unit], grid: Grid) -> tuple[Parts, Parts]:

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,15 +103,49 @@ def fill(
         return
     local = tuple(target.shape)
     whole = local if shape is None else tuple(shape)
-    flat, stream = target.view(-1), _Stream(name, initial.std, seed)
-    for place, begin, length in _runs(local, whole, (0,) * len(whole) if offset is None else tuple(offset)):
+    runs = _runs(local, whole, (0,) * len(whole) if offset is None else tuple(offset))
+    _draw(target.view(-1), runs, _Stream(name, initial.std, seed))
+
+
+@torch.no_grad()
+def fill_stretch(
+    target: Tensor, name: str, initial: Initial, *, seed: int, shape: Sequence[int], start: int, box: Box | None
+) -> None:
+    """Write first values ``start`` to ``start + target.numel()`` of a flattened shard [``shape``] into ``target``.
+
+    ``box`` tells where in the whole parameter the shard lies; None: it is the whole. Needs one block of memory.
+    """
+    if initial.std == 0.0:
+        target.fill_(initial.constant)
+        return
+    local, stop = tuple(shape), start + target.numel()
+    whole, offset = (local, (0,) * len(local)) if box is None else (box.shape, box.offset)
+    _draw(target.view(-1), _between(_runs(local, whole, offset, start), start, stop), _Stream(name, initial.std, seed))
+
+
+def _draw(flat: Tensor, runs: Iterator[tuple[int, int, int]], stream: _Stream) -> None:
+    for place, begin, length in runs:
         for at, piece in stream.pieces(begin, begin + length):
             here = place + at - begin
             flat[here : here + len(piece)].copy_(torch.from_numpy(piece))
 
 
-def _runs(local: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(place in the shard, place in the whole, length) of each stretch that is contiguous in both."""
+def _between(runs: Iterator[tuple[int, int, int]], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """What of ``runs`` lies between two places of the shard; places then count from ``start``."""
+    for place, begin, length in runs:
+        if place >= stop:
+            return
+        skipped = max(start - place, 0)
+        yield place + skipped - start, begin + skipped, min(length, stop - place) - skipped
+
+
+def _runs(
+    local: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...], start: int = 0
+) -> Iterator[tuple[int, int, int]]:
+    """(place in the shard, place in the whole, length) of each stretch that is contiguous in both, in order.
+
+    Those that end before place ``start`` of the shard are left out.
+    """
     if not len(local) == len(whole) == len(offset):
         raise ValueError(f"shard {local} at {offset} does not have the dimensions of {whole}")
     if any(at < 0 or at + size > total for size, total, at in zip(local, whole, offset, strict=True)):
@@ -126,8 +159,11 @@ def _runs(local: tuple[int, ...], whole: tuple[int, ...], offset: tuple[int, ...
     strides = [prod(whole[dim + 1 :]) for dim in range(len(whole))]
     base = sum(at * stride for at, stride in zip(offset, strides, strict=True))
     length = prod(local[outer:])
-    for number, index in enumerate(product(*(range(size) for size in local[:outer]))):
-        begin = base + sum(at * stride for at, stride in zip(index, strides[:outer], strict=True))
+    for number in range(start // length, prod(local[:outer])):
+        begin, rest = base, number
+        for size, stride in zip(reversed(local[:outer]), reversed(strides[:outer]), strict=True):
+            rest, at = divmod(rest, size)
+            begin += at * stride
         yield number * length, begin, length
 
 
