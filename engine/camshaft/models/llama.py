@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from camshaft.models.config import ModelConfig
 from camshaft.models.layers import Block, Embedding, Linear, RMSNorm, RotaryEmbedding, document_mask
+from camshaft.models.parallel import llama_plan
 from camshaft.models.roles import roles
 
 if TYPE_CHECKING:
@@ -91,6 +92,10 @@ class Llama(nn.Module):
     def roles(self) -> dict[str, str]:
         """First name of each parameter to ``matrix``, ``embedding``, ``norm`` or ``bias``."""
         return roles(self)
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """Which style each module has where matrix products are divided over ranks: glob over names to style."""
+        return llama_plan(self.config)
 
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
