@@ -79,7 +79,9 @@ def weights(world: World, model: Module) -> dict[str, Tensor]:
     rest = {name: parameter for name, parameter in model.named_parameters() if name not in inside}
     if _alone(world):
         return assemble(world, held) | {name: _copy(parameter) for name, parameter in rest.items()}
-    for name, parameter in rest.items() if world.readable else ():
+    for name, parameter in rest.items():
+        if not world.readable and parameter.numel():
+            continue  # divided; what has no elements is in no part
         shape = tuple(parameter.shape)
         part = Part(parameter, "", (Piece(name, shape, 0, 0, parameter.numel(), world.boxes.get(name)),))
         held[part] = parameter
