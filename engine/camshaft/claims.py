@@ -49,12 +49,14 @@ class Widths:
 
     ``gradient``: of summed gradients while they are kept until the step; ``reduce``: on the wire; ``master``: of the
     weights and values of the optimizer. Masters take memory of their own only where they are wider than parameters.
+    ``compute``: of what matrix products take and make, as wide as it can be where the device decides.
     """
 
     param: int = 4
     gradient: int = 4
     reduce: int = 4
     master: int = 4
+    compute: int = 4
 
     @property
     def master_copy(self) -> int:

@@ -14,7 +14,9 @@ from camshaft.hookspecs import FAMILIES
 from camshaft.host import Host
 from camshaft.state import State
 
-LATER = frozenset({"plan", "estimate", "handlers", "inert", "state_dict", "load_state_dict", "post_load", "close"})
+LATER = frozenset(
+    {"plan", "shapes", "estimate", "handlers", "inert", "state_dict", "load_state_dict", "post_load", "close"}
+)
 """Hooks that change nothing, or that need never run. Records are logged and checkpoints saved by every run that
 ends.
 """

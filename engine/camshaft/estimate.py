@@ -14,15 +14,16 @@ from camshaft.claims import Widths
 from camshaft.errors import PluginError
 
 if TYPE_CHECKING:
+    from camshaft.models.config import ModelConfig
     from camshaft.models.shapes import ParameterShape
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What bytes are counted from."""
+    """What bytes are counted from: of one rank, after all axes that divide the model itself."""
 
     elements: int
-    """Elements of all parameters, tied ones once."""
+    """Elements of the rank's parameters, tied ones once."""
     trained: int
     """Those that the optimizer updates."""
     accumulation: int
@@ -32,6 +33,13 @@ class Sizes:
     """Values of the master dtype that the optimizer keeps for each element; None: it does not say."""
     parameters: tuple[ParameterShape, ...] | None
     """Each parameter in the model's order; None where a plugin builds a model of its own."""
+    rank: int = 0
+    borrowed: tuple[ParameterShape, ...] = ()
+    """Copies of parameters that ranks of another stage own and update; in no number above."""
+    whole: tuple[ParameterShape, ...] | None = None
+    """Each parameter of the whole model."""
+    config: ModelConfig | None = None
+    """The architecture: sizes of activations follow from it. None where a plugin builds a model of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ Kinds, given in each hook's first line:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from camshaft.plugin import hookspec
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from camshaft.estimate import Estimate, Sizes
     from camshaft.mesh import MeshShape
     from camshaft.models.config import ModelConfig
+    from camshaft.models.shapes import ParameterShape
     from camshaft.program import Action, Kind
     from camshaft.state import Policy, State, World
 
@@ -50,10 +51,23 @@ class BuildHooks:
         raise AssertionError
 
     @hookspec
+    def shapes(
+        self, context: PlanContext, parameters: tuple[ParameterShape, ...], rank: int
+    ) -> Iterable[ParameterShape] | None:
+        """Chain. Return what ``rank`` has of ``parameters``: those of its stages, in the shapes of its boxes.
+
+        Each plugin gets what the one before it returned, first of all the whole model; None leaves it as it is. Called
+        by ``plan`` alone, after every plan was accepted, and must agree with what ``split`` and ``shard_compute``
+        build. Must be pure and need no torch. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
     def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate | None:
         """Collected. Bytes on a rank and bytes that a rank sends in a step, for ``camshaft plan``; None: none.
 
-        Called by ``plan`` alone, after every plan was accepted. Must be pure and need no torch. Since hook API 1.
+        ``sizes`` are those of rank ``sizes.rank``, of what axes that divide the model leave to it. Called by ``plan``
+        alone, after every plan was accepted. Must be pure and need no torch. Since hook API 1.
         """
         raise AssertionError
 
@@ -252,7 +266,7 @@ class RunHooks:
 
         Called once, after the first step that a process runs; a reason on any rank stops the run on all. Without an
         implementation a plugin has had an effect if one of its hooks ran; those that run later, or only tell, do not
-        count: plan, estimate, handlers, state_dict, load_state_dict, post_load, close. Since hook API 1.
+        count: plan, shapes, estimate, handlers, state_dict, load_state_dict, post_load, close. Since hook API 1.
         """
         raise AssertionError
 

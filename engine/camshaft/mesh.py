@@ -108,6 +108,16 @@ class MeshShape:
             found[whole] = found[slow] * self[fast].degree + found[fast]
         return found
 
+    def along(self, rank: int, *names: str) -> tuple[int, ...]:
+        """Ranks that differ from ``rank`` in their place on axes ``names`` alone, and ``rank`` itself, in order."""
+        members, found, stride = {member for name in names for member in self.members(name)}, [rank], 1
+        for axis in reversed(self.axes):
+            if axis.name in members:
+                first = [each - each // stride % axis.degree * stride for each in found]
+                found = [each + digit * stride for digit in range(axis.degree) for each in first]
+            stride *= axis.degree
+        return tuple(sorted(found))
+
     def batch_index(self, rank: int) -> int:
         """Which part of the global batch ``rank`` reads, from 0 to ``batch_degree`` - 1."""
         place, index = self.coordinates(rank), 0

@@ -27,7 +27,9 @@ def scales(options: Options) -> bool:
 
 
 def widths(options: Options) -> camshaft.Widths:
-    """Bytes of an element of each kind, on every device: which dtype ``auto`` computes in changes none of them."""
+    """Bytes of an element of each kind. Where ``auto`` leaves the dtype of products to the device, the wide one counts:
+    it changes none of the others.
+    """
     wide = "fp64" if options.compute == "fp64" else "fp32"
     param = options.parameters or wide
     return camshaft.Widths(
@@ -35,6 +37,7 @@ def widths(options: Options) -> camshaft.Widths:
         gradient=BYTES[options.gradients or param],
         reduce=BYTES[options.reduce or wide],
         master=BYTES[wide],
+        compute=BYTES.get(computes(options), BYTES[wide]),
     )
 
 

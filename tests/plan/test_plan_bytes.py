@@ -9,6 +9,7 @@ import pytest
 
 from camshaft import Plan, Widths
 from camshaft.cli import estimate, run
+from camshaft.cli import ranks as rank_pages
 from camshaft.errors import PluginError
 from camshaft.estimate import Estimate, StateBytes
 from camshaft.host import Host
@@ -42,7 +43,7 @@ def bytes_of(tensors):
 
 def counted(resolved, world_size):
     host = Host.of(resolved.recipe.plugins)
-    return estimate.estimate(resolved, check(resolved, world_size).require(), host)
+    return estimate.estimate(check(resolved, world_size).require(), host)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,10 @@ def test_a_bucket_is_never_larger_than_all_gradients_nor_smaller_than_one(make_r
     for size, expected in ((1000, 4 * sum(each.elements for each in shapes)), (1e-6, 4 * 259 * 20)):
         found = counted(make_recipe({"ddp": {"bucket_size_mb": size}, **ADAMW}, 2), 2)
         assert dict(found.buffers) == {"fresh gradients, of one bucket": expected}
+
+
+def shown_for(checked, host):
+    return rank_pages.show(rank_pages.Ranks(checked, host), None)
 
 
 def shown(capsys, *arguments):
@@ -121,7 +126,7 @@ def test_widths_come_from_plans_and_a_plugins_own_model_has_no_shapes(make_recip
     found = estimate.sizes(checked, Host({"builds": Builds()}))
     assert found.widths == Widths(2, 2, 2, 4) and found.moments == 2 and found.accumulation == 3
     assert found.parameters is None and found.elements == found.trained == checked.config.num_parameters()
-    text = estimate.show(resolved, checked, Host({"builds": Builds()}))
+    text = shown_for(checked, Host({"builds": Builds()}))
     assert "a plugin builds a model of its own" in text and "master weights" in text
 
 
@@ -140,12 +145,12 @@ class Unknown(Plugin):
 def test_an_answer_of_another_type_is_the_plugins_fault(make_recipe):
     resolved = make_recipe(ADAMW)
     with pytest.raises(PluginError, match="plugin 'wrong', hook 'estimate': must return an Estimate or None, got int"):
-        estimate.estimate(resolved, check(resolved, 1), Host({"wrong": Wrong()}))
+        estimate.estimate(check(resolved, 1), Host({"wrong": Wrong()}))
 
 
 def test_what_is_unknown_is_called_unknown(make_recipe):
     resolved = make_recipe(ADAMW)
-    text = estimate.show(resolved, check(resolved, 1), Host({"unknown": Unknown()}))
+    text = shown_for(check(resolved, 1), Host({"unknown": Unknown()}))
     assert "optimizer values  unknown" in text and "does not say what it keeps" in text
     assert text.endswith("nobody knows")
 

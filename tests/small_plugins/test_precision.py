@@ -42,7 +42,8 @@ def test_policies(options, param, compute, reduce, master, kept):
         master,
         kept,
     )
-    assert plan.widths == Widths(param.itemsize, kept.itemsize, reduce.itemsize, master.itemsize)
+    kinds = (param, kept, reduce, master, compute)
+    assert plan.widths == Widths(*(dtype.itemsize for dtype in kinds))
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def recipe(make_recipe, row, ranks, accumulation, compute, model, **options):
 
 def planned(resolved, world_size):
     checked, host = check(resolved, world_size).require(), Host.of(resolved.recipe.plugins)
-    return estimate.sizes(checked, host).elements, estimate.estimate(resolved, checked, host)
+    return estimate.sizes(checked, host).elements, estimate.estimate(checked, host)
 
 
 def paper(row, ranks, elements, narrow):

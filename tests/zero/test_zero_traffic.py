@@ -59,7 +59,7 @@ def planned(resolved, world_size):
     """(elements of all parameters, bytes by axis and op) that `camshaft plan` counts."""
     checked, host = check(resolved, world_size).require(), Host.of(resolved.recipe.plugins)
     found = {}
-    for entry in estimate.estimate(resolved, checked, host).sent:
+    for entry in estimate.estimate(checked, host).sent:
         found[entry.axis, entry.op] = found.get((entry.axis, entry.op), 0) + entry.bytes
     return estimate.sizes(checked, host).elements, found
 

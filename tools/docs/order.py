@@ -20,7 +20,7 @@ class Stage:
 BUILD = Stage(
     "Build",
     (
-        "plan", "estimate", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute",
+        "plan", "shapes", "estimate", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute",
         "compile_model", "shard_storage", "materialize", "optimizer", "schedule", "handlers", "bind",
     ),
 )  # fmt: skip
@@ -38,7 +38,7 @@ FIRST = Stage("After step 1", ("inert",))
 SAVE = Stage("Save", ("save", "state_dict"))
 END = Stage("End", ("close",))
 
-PLAN_ONLY = frozenset({"estimate"})
+PLAN_ONLY = frozenset({"shapes", "estimate"})
 """Hooks that ``camshaft plan`` calls, and a run does not."""
 
 RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, FIRST, SAVE, END) for name in stage.hooks)

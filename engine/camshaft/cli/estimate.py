@@ -3,62 +3,95 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-from camshaft.claims import PlanContext, Widths
+from camshaft.claims import Widths
 from camshaft.cli.console import columns
 from camshaft.errors import PluginError
 from camshaft.estimate import Estimate, Sizes, StateBytes, combine
-from camshaft.models.shapes import parameter_shapes
+from camshaft.models.shapes import ParameterShape, parameter_shapes
 
 if TYPE_CHECKING:
     from camshaft.host import Host
-    from camshaft.recipe import Checked, Resolved
+    from camshaft.models.config import ModelConfig
+    from camshaft.recipe import Checked
 
 
-def sizes(checked: Checked, host: Host) -> Sizes:
-    """What bytes are counted from; a plugin's own model is as large as the recipe's ``model`` section says."""
+@lru_cache(maxsize=4)
+def _whole(config: ModelConfig) -> tuple[ParameterShape, ...]:
+    return tuple(parameter_shapes(config))
+
+
+def sizes(checked: Checked, host: Host, rank: int = 0) -> Sizes:
+    """What bytes of ``rank`` are counted from; a plugin's own model is as large as the recipe's ``model`` section says.
+
+    Raises:
+        PluginError: a plugin's answer to ``shapes`` is none.
+    """
     assert checked.config is not None and checked.batch is not None  # a checked recipe has them
-    shapes = None if host.implementations("build_model") else tuple(parameter_shapes(checked.config))
-    elements = checked.config.num_parameters()
     plans = checked.plans.values()
+    common: dict[str, Any] = {
+        "accumulation": checked.batch.accumulation,
+        "widths": next((plan.widths for plan in plans if plan.widths is not None), Widths()),
+        "moments": next((plan.moments for plan in plans if plan.moments is not None), None),
+        "rank": rank,
+    }
+    if host.implementations("build_model"):
+        elements = checked.config.num_parameters()
+        return Sizes(elements=elements, trained=elements, parameters=None, **common)
+    whole = _whole(checked.config)
+    here = _of_rank(checked, host, whole, rank)
+    own = tuple(each for each in here if each.owned)
     return Sizes(
-        elements=elements,
-        trained=elements if shapes is None else sum(each.elements for each in shapes if each.trains),
-        accumulation=checked.batch.accumulation,
-        widths=next((plan.widths for plan in plans if plan.widths is not None), Widths()),
-        moments=next((plan.moments for plan in plans if plan.moments is not None), None),
-        parameters=shapes,
+        elements=sum(each.elements for each in own),
+        trained=sum(each.elements for each in own if each.trains),
+        parameters=own,
+        borrowed=tuple(each for each in here if not each.owned),
+        whole=whole,
+        config=checked.config,
+        **common,
     )
 
 
-def estimate(resolved: Resolved, checked: Checked, host: Host) -> Estimate:
-    """Every plugin's answer as one.
+def _of_rank(
+    checked: Checked, host: Host, parameters: tuple[ParameterShape, ...], rank: int
+) -> tuple[ParameterShape, ...]:
+    for name, function in host.implementations("shapes"):
+        answer = function(checked.context, parameters, rank)
+        if answer is None:
+            continue
+        parameters = tuple(answer)
+        strange = next((each for each in parameters if not isinstance(each, ParameterShape)), None)
+        if strange is not None:
+            raise PluginError(name, "shapes", f"must return ParameterShapes or None, got {type(strange).__name__}")
+    return parameters
+
+
+def estimate(checked: Checked, host: Host, rank: int = 0, counted: Sizes | None = None) -> Estimate:
+    """Every plugin's answer for ``rank`` as one; ``counted``: its sizes, where they are known.
 
     Raises:
         PluginError: a plugin's answer is none, or two tell the model state.
     """
-    assert checked.mesh is not None
-    context = PlanContext(resolved.recipe, checked.mesh, tuple(resolved.recipe.plugins), "any")
-    counted = sizes(checked, host)
-    answers = dict(host.call("estimate", context, counted))
+    counted = sizes(checked, host, rank) if counted is None else counted
+    answers = dict(host.call("estimate", checked.context, counted))
     for name, answer in answers.items():
         if answer is not None and not isinstance(answer, Estimate):
             raise PluginError(name, "estimate", f"must return an Estimate or None, got {type(answer).__name__}")
     return combine(answers, counted)
 
 
-def show(resolved: Resolved, checked: Checked, host: Host) -> str:
-    """Tables of memory and traffic, as text."""
-    found = estimate(resolved, checked, host)
+def show(found: Estimate, rank: int | None, own_model: bool) -> str:
+    """Tables of memory and traffic of ``rank`` as text; None: of every rank."""
     assert found.state is not None
-    parts = [_memory(found, found.state), _traffic(found)]
-    if host.implementations("build_model"):
+    parts = [_memory(found, found.state, rank), _traffic(found, rank)]
+    if own_model:
         parts.append("counted for the recipe's model section; a plugin builds a model of its own")
     return "\n\n".join([*parts, *found.notes])
 
 
-def _memory(found: Estimate, state: StateBytes) -> str:
+def _memory(found: Estimate, state: StateBytes, rank: int | None) -> str:
     kinds = [
         ("parameters", state.parameters),
         ("gradients", state.gradients),
@@ -71,7 +104,8 @@ def _memory(found: Estimate, state: StateBytes) -> str:
     if buffers:
         rows.append(_row("with all buffers, at most", state.total + sum(size for _, size in buffers)))
     unknown = "\n(the owner of the optimizer does not say what it keeps)" if state.moments is None else ""
-    return "model state per rank\n" + columns(("kind", "bytes", "GB", "GiB"), rows) + unknown
+    title = "model state per rank" if rank is None else f"model state of rank {rank}"
+    return f"{title}\n" + columns(("kind", "bytes", "GB", "GiB"), rows) + unknown
 
 
 def _row(what: str, size: int | None) -> tuple[str, str, str, str]:
@@ -80,10 +114,10 @@ def _row(what: str, size: int | None) -> tuple[str, str, str, str]:
     return (what, f"{size:,}", short(size / 1e9), short(size / 2**30))
 
 
-def _traffic(found: Estimate) -> str:
+def _traffic(found: Estimate, rank: int | None) -> str:
     rows = [(entry.axis, entry.op, f"{entry.bytes:,}", short(entry.bytes / 1e9)) for entry in found.sent]
     table = columns(("axis", "operation", "bytes", "GB"), rows) if rows else "(nothing, as far as plugins say)"
-    return f"sent per rank and step\n{table}"
+    return f"sent {'per rank and step' if rank is None else f'by rank {rank} in a step'}\n{table}"
 
 
 def short(value: float) -> str:

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from camshaft.cli import estimate
+from camshaft.cli import ranks
 from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, columns, say
 from camshaft.errors import RecipeError
 from camshaft.hookspecs import BuildHooks
 from camshaft.host import Host
 from camshaft.program import brief, window_program
 from camshaft.recipe import check, load
+from camshaft.recipe.checks import smallest_world
 
 if TYPE_CHECKING:
     from camshaft.mesh import MeshShape
     from camshaft.recipe import Checked, Resolved
 
-PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_") and name != "estimate")
-"""Build hooks in the order in which a run calls them; ``estimate`` belongs to this command alone."""
+PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_") and name not in ("shapes", "estimate"))
+"""Build hooks in the order in which a run calls them; ``shapes`` and ``estimate`` belong to this command alone."""
 
 
 def register(app: typer.Typer) -> None:
@@ -32,13 +33,16 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     world_size: WorldSizeOption = None,
-    rank: Annotated[int | None, typer.Option(help="Show only this rank's place and program.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="The rank whose place, peers, bytes and program are shown; default: the fullest."),
+    ] = None,
 ) -> None:
-    """Show phases, owners, claims, batch algebra and each rank's program; nothing is built and nothing connects."""
+    """Show what a rank holds and sends, phases, owners, claims and programs; nothing is built and nothing connects."""
     resolved = load(recipe, overrides or (), world_size=world_size)
     if world_size is None and resolved.recipe.launch.processes != "auto":
         world_size = resolved.recipe.launch.processes
-    checked = check(resolved, world_size or 1, device="any")
+    checked = check(resolved, world_size or smallest_world(resolved.recipe), device="any")
     checked.require()
     host = Host.of(resolved.recipe.plugins)
     shown = show(resolved, checked, host, rank)
@@ -48,7 +52,11 @@ def plan(
 
 def show(resolved: Resolved, checked: Checked, host: Host, rank: int | None) -> str:
     """The whole plan as text; a pure function of recipe, plugins and world size."""
-    bytes_ = estimate.show(resolved, checked, host)
+    assert checked.mesh is not None
+    if rank is not None and not 0 <= rank < checked.mesh.world_size:
+        size = checked.mesh.world_size
+        raise RecipeError(f"there is no rank {rank} among {size}: give --rank 0 to {size - 1}")
+    bytes_ = ranks.show(ranks.Ranks(checked, host), rank)
     return "\n\n".join(
         [_sizes(resolved, checked), bytes_, _phases(host), _claims(checked), _programs(checked, host, rank)]
     )
@@ -97,21 +105,18 @@ def _claims(checked: Checked) -> str:
 
 
 def _programs(checked: Checked, host: Host, rank: int | None) -> str:
-    """Ranks with the same program share a line, so that 4,096 ranks stay readable."""
+    """Ranks with the same program share a line. Those that differ along axes that split the batch alone have it."""
     mesh, batch = checked.mesh, checked.batch
     assert batch is not None and mesh is not None
-    if rank is not None and not 0 <= rank < mesh.world_size:
-        raise RecipeError(f"there is no rank {rank} among {mesh.world_size}: give --rank 0 to {mesh.world_size - 1}")
-    ranks = range(mesh.world_size) if rank is None else [rank]
     alike: dict[str, list[int]] = {}
-    for index in ranks:
+    for index in ranks.places(mesh) if rank is None else [rank]:
         text = brief(window_program(host, mesh, index, batch.accumulation))
         alike.setdefault(text, []).append(index)
-    lines = []
-    for text, members in alike.items():
-        label = str(members[0]) if len(members) == 1 else f"{members[0]}..{members[-1]} ({len(members)})"
-        lines.append((label, text))
-    place = ""
     if rank is not None:
-        place = "  ".join(f"{axis}={digit}" for axis, digit in mesh.coordinates(rank).items()) + "\n"
-    return f"program of one window\n{place}{columns(('rank', 'actions'), lines)}"
+        return f"program of one window\n{columns(('rank', 'actions'), [(str(rank), text) for text in alike])}"
+    data = [axis.name for axis in mesh.axes if axis.splits_batch]
+    rows = []
+    for text, members in alike.items():
+        everyone = sorted(other for member in members for other in mesh.along(member, *data))
+        rows.append((f"{ranks.ranges(everyone, limit=4)}", text))
+    return f"program of one window\n{columns(('rank', 'actions'), rows)}"

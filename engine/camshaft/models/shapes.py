@@ -6,33 +6,50 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from camshaft.boxes import Box
 from camshaft.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterShape:
-    """One parameter under its first name. ``tied``: its other names in the model, if it has any."""
+    """One parameter under its first name. ``tied``: its other names in the model, if it has any.
+
+    ``layer``: which layer it is of; -1 for what comes before the first one (the embedding), and the number of layers
+    for what comes after the last (norm and head). Where axes divide the model, ``camshaft plan`` asks plugins what a
+    rank has of it: ``shape`` is then the rank's own, ``box`` the rectangle of the whole that it is, and ``stage`` the
+    pipeline stage that computes with it. ``owned``: False for a copy that is no parameter here, because a rank of
+    another stage updates it.
+    """
 
     name: str
     shape: tuple[int, ...]
     trains: bool = True
     tied: tuple[str, ...] = ()
+    layer: int = -1
+    stage: int = 0
+    owned: bool = True
+    box: Box | None = None
 
     @property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def copies(self) -> int:
+        """How many ranks along axes that divide parameters have the same elements."""
+        return 1 if self.box is None else self.box.copies
+
 
 def parameter_shapes(config: ModelConfig) -> list[ParameterShape]:
     """Every parameter of ``camshaft.models.llama.Llama`` once, in the order of its ``named_parameters``."""
-    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    table, head, layers = "model.embed_tokens.weight", "lm_head.weight", config.num_hidden_layers
     vocabulary = (config.vocab_size, config.hidden_size)
     found = [ParameterShape(table, vocabulary, tied=(head,) if config.tie_word_embeddings else ())]
-    for index in range(config.num_hidden_layers):
-        found += [ParameterShape(f"model.layers.{index}.{name}", shape) for name, shape in _layer(config)]
-    found.append(ParameterShape("model.norm.weight", (config.hidden_size,)))
-    return found if config.tie_word_embeddings else [*found, ParameterShape(head, vocabulary)]
+    for index in range(layers):
+        found += [ParameterShape(f"model.layers.{index}.{name}", shape, layer=index) for name, shape in _layer(config)]
+    found.append(ParameterShape("model.norm.weight", (config.hidden_size,), layer=layers))
+    return found if config.tie_word_embeddings else [*found, ParameterShape(head, vocabulary, layer=layers)]
 
 
 def _layer(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

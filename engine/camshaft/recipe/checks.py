@@ -33,6 +33,8 @@ class Checked:
     """Plugin to its plan, in recipe order."""
     owners: dict[str, list[str]] = field(default_factory=dict)
     """Slot to the plugins that own it."""
+    context: PlanContext | None = None
+    """What plugins were asked with; None where they were not asked."""
     problems: tuple[Problem, ...] = ()
 
     def require(self) -> Checked:
@@ -94,7 +96,7 @@ class _Run:
             self.problems += error.problems
 
     def set_mesh(self, processes: int | None) -> None:
-        self.checked.mesh = MeshShape.of(self.recipe.parallel, processes or _smallest_world(self.recipe))
+        self.checked.mesh = MeshShape.of(self.recipe.parallel, processes or smallest_world(self.recipe))
 
     def set_batch(self, processes: int | None) -> None:
         if self.checked.mesh is not None and (processes or stated_data_parallel(self.recipe.parallel)):
@@ -136,6 +138,7 @@ class _Run:
         if self.checked.mesh is None or not whole or not self.sound >= EVERY_SECTION - {"name", "schema_version"}:
             return
         context = PlanContext(self.recipe, self.checked.mesh, tuple(self.recipe.plugins), device)
+        self.checked.context = context
         for name, plan in plugins.implementations("plan"):
             with self.collect():
                 self.checked.plans[name] = _a_plan(name, plan(context))
@@ -153,7 +156,7 @@ def _processes(recipe: Recipe) -> int | None:
     return None if recipe.launch.processes == "auto" else recipe.launch.processes
 
 
-def _smallest_world(recipe: Recipe) -> int:
+def smallest_world(recipe: Recipe) -> int:
     """Processes that the degrees need at least."""
     parallel = recipe.parallel
     halves = (parallel.data_parallel_replicate or 1) * (parallel.data_parallel_shard or 1)
