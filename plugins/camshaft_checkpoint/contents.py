@@ -66,6 +66,7 @@ def collect(state: State, apart: Iterable[str]) -> tuple[dict[str, Held], Descri
         },
         "optimizer": optimizer,
         "components": {name: dict(state_dict()) for name, state_dict, _ in state.components},
+        "stages": sorted(set(state.world.stages.values())),
         "origin": origin(state),
     }
     try:
@@ -105,9 +106,9 @@ def _describe_optimizer(state: State) -> tuple[Description, dict[str, Held]]:
 
 def _add_state(found: dict[str, Held], part: Part, key: str, value: Tensor) -> None:
     """One value an element lies like the part's tensor; a single one, the count of steps, is every piece's."""
-    if part.whole or value.shape == part.tensor.shape:
+    if value.shape == part.tensor.shape:
         held.spread(found, part, value)
-    elif not value.ndim:
+    elif not value.ndim or held.undivided(part):
         found.update((piece.name, value) for piece in part.pieces)
     else:
         raise CheckpointError(
@@ -143,32 +144,6 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) else repr(value)
-
-
-def merge(descriptions: Sequence[Description]) -> Description:
-    """One document from every rank's description: rank 0's, with the optimizer parts of all ranks joined."""
-    merged = descriptions[0]
-    optimizer = merged["optimizer"]
-    placed = {name for group in optimizer["groups"] for name in group["parameters"]}
-    for other in (description["optimizer"] for description in descriptions[1:]):
-        for kind in ("tensors", "values"):
-            for name, entries in other[kind].items():
-                optimizer[kind].setdefault(name, {}).update(entries)
-        for group in other["groups"]:
-            fresh = [name for name in group["parameters"] if name not in placed]
-            if fresh:
-                _group_like(optimizer["groups"], group["options"])["parameters"] += fresh
-                placed.update(fresh)
-    return merged
-
-
-def _group_like(groups: list[Description], options: Mapping[str, Any]) -> Description:
-    """The group with these hyperparameters; a new one if there is none."""
-    for group in groups:
-        if group["options"] == options:
-            return group
-    groups.append({"options": options, "parameters": []})
-    return groups[-1]
 
 
 def origin(state: State) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import CheckpointError
-from camshaft_checkpoint import contents, held, moments
+from camshaft_checkpoint import contents, held, merging, moments
 from camshaft_checkpoint.choosing import Choice, listed
 from camshaft_checkpoint.planning import read_into
 from camshaft_checkpoint.ranks import Ranks
@@ -29,7 +29,7 @@ def restore(state: State, ranks: Ranks, choice: Choice) -> None:
         CheckpointError: names, shapes, dtypes or the optimizer do not fit; nothing has been written then.
         MachineError: reading failed after the checks; the weights are not usable.
     """
-    counters, components = ranks.everywhere(lambda: _parts(choice))
+    counters, components = ranks.everywhere(lambda: _parts(state, choice))
     reader = Reader(choice.folder, choice.index)
     apart = ranks.union(held.apart(state))
     targets = ranks.everywhere(lambda: find_targets(state, reader, apart))
@@ -44,12 +44,12 @@ def restore(state: State, ranks: Ranks, choice: Choice) -> None:
         _warn_differences(state, choice)
 
 
-def _parts(choice: Choice) -> tuple[tuple[int, int, int], Mapping[str, Any]]:
+def _parts(state: State, choice: Choice) -> tuple[tuple[int, int, int], Mapping[str, Any]]:
     document = choice.index.document
     try:
         counters = document["state"]
         step, samples, tokens = (int(counters[key]) for key in ("step", "consumed_samples", "consumed_tokens"))
-        components: Mapping[str, Any] = dict(document["components"])
+        components = merging.components_of(document, state.world.mesh)
         optimizer = document["optimizer"]
         if not all(isinstance(optimizer[key], dict) for key in ("tensors", "values")) or "class" not in optimizer:
             raise ValueError("the optimizer's part is incomplete")
@@ -78,7 +78,7 @@ def find_targets(state: State, reader: Reader, apart: set[str]) -> Targets:
         return targets
     saved = moments.Saved(reader.index)
     if apart:
-        saved.read_numbers(reader)
+        saved.read_numbers(reader, parameters)
         moments.keep_apart(state, saved)
     moments.find(targets, state, saved)
     return targets

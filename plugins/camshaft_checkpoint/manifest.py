@@ -24,6 +24,7 @@ FORMAT = 1
 NAME = "manifest.json"
 MAX_MANIFEST = 64 << 20
 STEP_FOLDER = re.compile(r"step_(\d{8,18})")
+_NAMED = 2
 Pieces = list[tuple[index.Stored, index.Piece]]
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
@@ -139,9 +140,18 @@ def check_files(folder: Path, records: Sequence[Record], table: index.Index | No
     expected = {} if table is None else table.by_file()
     faults: list[str] = []
     for record in records:
-        found = size_faults(folder, record)
-        faults += found or _faults_of(folder / record.name, partial(_contents, folder, record, expected))
+        found = size_faults(folder, record) or _faults_of(
+            folder / record.name, partial(_contents, folder, record, expected)
+        )
+        faults += [found[0] + _holding(expected.get(record.name, [])), *found[1:]] if found else []
     return faults
+
+
+def _holding(lost: Pieces) -> str:
+    """What goes missing with a file: a rank's share, which may be that of a pipeline stage that no other has."""
+    names = list(dict.fromkeys(piece.key.rpartition("@")[0] for _, piece in lost))
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" (it holds {', '.join(names[:_NAMED])}{more})" if names else ""
 
 
 def _contents(folder: Path, record: Record, expected: Mapping[str, Pieces]) -> list[str]:

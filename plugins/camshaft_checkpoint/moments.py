@@ -7,7 +7,7 @@ from that of the others in this (one that got its first gradient late, or never)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,9 +37,13 @@ class Saved:
         self.numbers: dict[str, Tensor] = {}
         """Those numbers by checkpoint name, once read."""
 
-    def read_numbers(self, reader: Reader) -> None:
-        """Read all single numbers: each rank decides from them alone, and alike, what it has to keep apart."""
-        wanted = [full for keys in self.tensors.values() for key, full in keys.items() if key in self.singles]
+    def read_numbers(self, reader: Reader, names: Iterable[str]) -> None:
+        """Read the single numbers of this rank's parameters.
+
+        From them alone, and so alike, ranks with the same parameters decide what they have to keep apart.
+        """
+        tables = [self.tensors.get(name, {}) for name in names]
+        wanted = [full for keys in tables for key, full in keys.items() if key in self.singles]
         stored = {full: self.index.tensors[full] for full in wanted if full in self.index.tensors}
         self.numbers = {
             full: torch.empty((), dtype=DTYPES[each.dtype]) for full, each in stored.items() if each.shape == ()
@@ -83,7 +87,10 @@ def needless(index: Index) -> set[str]:
 
 
 def keep_apart(state: State, saved: Saved) -> None:
-    """Divide buffers in which parameters lie whose saved state is not of one kind. The same on all ranks."""
+    """Divide buffers in which parameters lie whose saved state is not of one kind.
+
+    The same on all ranks that have the same parameters, so on all that hold pieces of one buffer.
+    """
     roles = state.world.roles
     trained = [name for name, parameter in state.model.named_parameters() if parameter.requires_grad]
     kinds = {name: saved.sameness(name) for name in trained}
@@ -121,13 +128,19 @@ def _find_whole(
             continue  # ``needless``, and the layout that wrote the checkpoint left it out
         if not isinstance(target, Tensor) and full in targets.index.tensors:
             stored = targets.index.tensors[full]
-            target = empty_state(stored, key, part.tensor, group, follows=saved.follows(name, stored))
+            target = empty_state(stored, key, part, group, follows=saved.follows(name, stored))
             if target is None:
                 targets.faults.append(f"{full}: is not shaped like its parameter, which is divided over ranks")
                 continue
             targets.created.append((part.tensor, key, target))
-        targets.add(full, target, converts=True)
+        targets.add(full, _placed(part, target), converts=True)
     targets.created += [(part.tensor, key, value) for key, value in saved.values.get(name, {}).items()]
+
+
+def _placed(part: Part, value: Tensor | None) -> Held | None:
+    """State of a part that is one parameter: divided as that is where it has a value an element."""
+    like = value is not None and value.shape == part.tensor.shape
+    return held.in_box(value, part.pieces[0].box) if value is not None and like else value
 
 
 def _find_divided(
@@ -169,16 +182,17 @@ def _find_elements(targets: Targets, saved: Saved, part: Part, key: str, target:
 
 
 def empty_state(
-    stored: Stored, key: str, parameter: Tensor, group: Mapping[str, Any], *, follows: bool = False
+    stored: Stored, key: str, part: Part, group: Mapping[str, Any], *, follows: bool = False
 ) -> Tensor | None:
-    """Room for optimizer state: laid out like its parameter, or on the device where the optimizer wants it.
+    """Room for optimizer state of a whole parameter: laid out like it, or on the device where the optimizer wants it.
 
     ``follows``: in the parameter's dtype, as it was when it was saved; else in the dtype that was saved. None for state
     that is not shaped like its parameter, when that is divided: nothing says how to divide it.
     """
-    if key != "step" and stored.shape == tuple(parameter.shape):
+    parameter = part.tensor
+    if key != "step" and stored.shape == part.pieces[0].whole_shape:
         return torch.empty_like(parameter, dtype=_dtype(stored, parameter, follows), requires_grad=False)
-    if stored.shape and hasattr(parameter, "placements"):
+    if stored.shape and (hasattr(parameter, "placements") or not held.undivided(part)):
         return None
     return torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device=_device(key, parameter, group))
 

@@ -1,7 +1,7 @@
 """Who writes and reads which piece, by torch.distributed.checkpoint's planners, with what they lack.
 
-They know plain tensors and DTensors. Stretches of flat buffers are added here as boxes, with checks of what the ranks
-say together, and with copies.
+They know plain tensors and DTensors. Rectangles and stretches of flat buffers are added here as boxes, with checks of
+what the ranks say together, and with copies.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,19 +26,21 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from camshaft.errors import CheckpointError
+from camshaft_checkpoint.copies import Copied, keep_one
 from camshaft_checkpoint.held import Divided, Held
 from camshaft_checkpoint.ranks import Ranks
 from camshaft_checkpoint.storage import Reader, Writer
 
 Divisions = Mapping[str, Divided]
+_HOW_DIVIDED = "a tensor that is divided must be a DTensor to be saved, or be in world.parts or world.boxes"
 
 
 class SavePlanner(DefaultSavePlanner):
     """What several ranks hold alike is written by one of them, balanced by size; the rest by its owners."""
 
-    def __init__(self, divided: Divisions) -> None:
+    def __init__(self, divided: Divisions, place: Callable[[int], int]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._divided = divided
+        self._divided, self._place = divided, place
         self._live_boxes = _by_index(divided)
         self._copies: dict[MetadataIndex, Tensor] = {}
 
@@ -46,7 +48,8 @@ class SavePlanner(DefaultSavePlanner):
         """The library's items, and one for each box."""
         items = [_write_item(name, tensor, begin) for name, tensor in self._divided.items() for begin in tensor.boxes]
         plan = super().create_local_plan()
-        self.plan = dataclasses.replace(plan, items=[*plan.items, *items])
+        copied = {name: tensor.copied for name, tensor in self._divided.items() if tensor.copied is not None}
+        self.plan = dataclasses.replace(plan, items=[*plan.items, *items], planner_data=copied)
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
@@ -60,18 +63,20 @@ class SavePlanner(DefaultSavePlanner):
             CheckpointError: ranks hold different shapes or dtypes under one name, so the tensor is not replicated; or
                 what they hold of a tensor is not all of it.
         """
+        copied: list[Copied] = [plan.planner_data for plan in all_plans]
+        _check_alike(all_plans)
+        kept = keep_one(all_plans, copied, self._place)
         seen: dict[MetadataIndex, WriteItem] = {}
-        for plan in all_plans:
-            for item in plan.items:
-                other = seen.setdefault(item.index, item)
-                if _identity(other) != _identity(item):
-                    raise CheckpointError(
-                        f"'{item.index.fqn}' is {_identity(other)} on one rank and {_identity(item)} on another;"
-                        " a tensor that is divided must be a DTensor to be saved, or be in world.parts"
-                    )
+        for item in (item for plan in kept for item in plan.items):
+            other = seen.setdefault(item.index, item)
+            if _identity(other) != _identity(item):
+                raise CheckpointError(
+                    f"'{item.index.fqn}' is {_identity(other)} on one rank and {_identity(item)} on another;"
+                    f" {_HOW_DIVIDED}"
+                )
         _check_complete(seen)
         try:
-            return super().create_global_plan(all_plans)
+            return super().create_global_plan(kept)
         except ValueError as error:  # complete, and yet not each element once
             raise CheckpointError(f"the ranks hold some elements of a tensor twice: {error}") from error
 
@@ -106,6 +111,20 @@ def _identity(item: WriteItem) -> str:
     if data is None:
         return "no tensor"
     return f"{data.properties.dtype} {list(data.chunk.sizes)} of {list(data.size)}"
+
+
+def _check_alike(plans: list[SavePlan]) -> None:
+    """Boxes of one tensor, wherever they begin, are of one dtype, and of a whole of one shape."""
+    seen: dict[str, tuple[int, str]] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            assert item.tensor_data is not None  # Writer.prepare_local_plan saw to it
+            kind = f"{item.tensor_data.properties.dtype} {list(item.tensor_data.size)}"
+            other, before = seen.setdefault(item.index.fqn, (rank, kind))
+            if kind != before:
+                raise CheckpointError(
+                    f"'{item.index.fqn}' is {before} on rank {other} and {kind} on rank {rank}; {_HOW_DIVIDED}"
+                )
 
 
 def _check_complete(items: Mapping[MetadataIndex, WriteItem]) -> None:
@@ -150,10 +169,11 @@ def plan_bytes(plan: SavePlan) -> int:
 class Saving:
     """One checkpoint's tensors on their way to disk: ``plan``, optionally ``planner.snapshot``, then ``write``."""
 
-    def __init__(self, tensors: Mapping[str, Held], writer: Writer, ranks: Ranks) -> None:
+    def __init__(self, tensors: Mapping[str, Held], writer: Writer, ranks: Ranks, place: Callable[[int], int]) -> None:
+        """``place`` tells where on ``tp`` a rank is."""
         self.writer, self.ranks = writer, ranks
         self.tensors, divided = _by_kind(tensors)
-        self.planner = SavePlanner(divided)
+        self.planner = SavePlanner(divided, place)
         self.metadata: Metadata | None = None
         self.total = 0
         """Bytes of tensor data of all ranks; known to rank 0 when planned, and to all when it has told them."""

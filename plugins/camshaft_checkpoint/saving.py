@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from camshaft_checkpoint import contents, files, folders, held, manifest, storage
+from camshaft_checkpoint import contents, files, folders, held, manifest, merging, storage
 from camshaft_checkpoint.background import Background
 from camshaft_checkpoint.contents import Description
 from camshaft_checkpoint.held import Held
@@ -23,6 +23,7 @@ from camshaft_checkpoint.planning import Saving
 from camshaft_checkpoint.ranks import Ranks
 
 if TYPE_CHECKING:
+    from camshaft.mesh import MeshShape
     from camshaft.state import State
 
 _log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ class Saver:
             self.saved_step = state.step
             return None
         try:
-            return self._plan(Job(state.step, folder, self._saving(folder, tensors), None, started), description)
+            saving = self._saving(folder, tensors, state.world.mesh.shape)
+            return self._plan(Job(state.step, folder, saving, None, started), description, state.world.mesh.shape)
         except Exception:
             self._abandon(folder)
             raise
@@ -118,14 +120,16 @@ class Saver:
                 _log.warning("checkpoint %s is damaged and will be replaced: %s", final.name, faults[0])
             return folders.begin(self.root, step)
 
-    def _saving(self, folder: Path, tensors: dict[str, Held]) -> Saving:
-        return Saving(tensors, storage.Writer(folder, self.ranks.rank), self.ranks)
+    def _saving(self, folder: Path, tensors: dict[str, Held], shape: MeshShape) -> Saving:
+        writer = storage.Writer(folder, self.ranks.rank)
+        return Saving(tensors, writer, self.ranks, lambda rank: shape.coordinates(rank)["tp"])
 
-    def _plan(self, job: Job, description: Description) -> Job:
+    def _plan(self, job: Job, description: Description, shape: MeshShape) -> Job:
         job.saving.plan()
         descriptions = self.ranks.collect(description)
         job.saving.total = self.ranks.on_main(lambda: self._check_space(job))
-        document = None if descriptions is None else contents.merge(descriptions)
+        places = [shape.coordinates(rank)["pp"] for rank in range(self.ranks.size)]
+        document = self.ranks.on_main_keep(lambda: merging.merge(descriptions or [], places))
         return Job(job.step, job.folder, job.saving, document, job.started)
 
     def _check_space(self, job: Job) -> int:

@@ -142,9 +142,9 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def load_state_dict(self, entries: Mapping[str, Any]) -> None:
-        """Lay the buckets out as the saved run had them."""
+        """Lay the buckets out as the saved run had them, if it had all parameters of this rank together."""
         self._order = entries["order"]
-        if self._reducer is not None and self._order is not None:
+        if self._reducer is not None and self._order is not None and self._reducer.knows(self._order):
             self._reducer.adopt_order(self._order)
 
     @camshaft.hookimpl

@@ -15,6 +15,7 @@ from torch import nn
 
 import camshaft_checkpoint
 from camshaft.errors import CheckpointError
+from camshaft.parts import Part, Piece
 from camshaft.testing.ranks import run_ranks
 from camshaft_checkpoint import contents, moments
 from camshaft_checkpoint.index import Stored
@@ -72,7 +73,8 @@ def test_new_optimizer_state_is_made_on_the_right_device(
     key: str, shape: tuple[int, ...], group: dict[str, Any], device: str
 ) -> None:
     parameter = nn.Parameter(torch.empty(3, 5, dtype=torch.bfloat16, device="meta"))
-    made = moments.empty_state(Stored("F32", shape, ()), key, parameter, group)
+    part = Part(parameter, "matrix", (Piece("weight", (3, 5), 0, 0, 15),))
+    made = moments.empty_state(Stored("F32", shape, ()), key, part, group)
     assert made is not None
     assert (made.device.type, made.dtype, tuple(made.shape)) == (device, torch.float32, shape)
     assert not made.requires_grad
