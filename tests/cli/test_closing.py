@@ -82,21 +82,33 @@ def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch:
     assert closing.program() == [str(folder / "python"), "-m", "camshaft"]
 
 
-def test_parameters_that_are_divided_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("readable", "degrees", "what"),
+    [
+        (False, {}, "parameters"),
+        (True, {"tp": 2}, "parameters"),
+        (True, {"pp": 2}, "layers"),
+        (False, {"pp": 2}, "layers"),
+    ],
+)
+def test_a_divided_model_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, readable: bool, degrees: dict[str, int], what: str
+) -> None:
     def refuse(*arguments: Any) -> str:
-        raise AssertionError("the model was read")
+        raise AssertionError("the model was run")
 
-    world = SimpleNamespace(readable=False)
+    world = SimpleNamespace(readable=readable, mesh=SimpleNamespace(degree=lambda axis: degrees.get(axis, 1)))
     state: Any = SimpleNamespace(world=world, step=7)
     data: Any = SimpleNamespace(tokenizer=object())
     monkeypatch.setattr(closing, "text_sample", refuse)
-    assert closing.sample(state, data) == "no sample of the model: its parameters are divided over ranks"
+    assert closing.sample(state, data) == f"no sample of the model: its {what} are divided over ranks"
     world.readable = True
+    degrees.clear()
     monkeypatch.setattr(closing, "text_sample", lambda *arguments: "some words")
     assert closing.sample(state, data) == "sample of the model after step 7:\n  some words"
 
 
-def test_a_sample_needs_a_tokenizer_and_every_layer() -> None:
+def test_a_sample_needs_a_tokenizer_and_our_model() -> None:
     import torch
 
     from camshaft.models.config import resolve
@@ -106,11 +118,10 @@ def test_a_sample_needs_a_tokenizer_and_every_layer() -> None:
     with torch.device("meta"):
         model = Llama(resolve(Model(preset="llama-nano"), 300))
 
-    def speaks(stages: int = 1, tokenizer: object = "some", trained: object = model) -> bool:
-        mesh = SimpleNamespace(degree=lambda axis: {"pp": stages}[axis])
-        state: Any = SimpleNamespace(model=trained, world=SimpleNamespace(mesh=mesh))
+    def speaks(tokenizer: object = "some", trained: object = model) -> bool:
+        state: Any = SimpleNamespace(model=trained)
         data: Any = SimpleNamespace(tokenizer=tokenizer)
         return closing.speaks(state, data)
 
     assert speaks()
-    assert not speaks(stages=2) and not speaks(tokenizer=None) and not speaks(trained=torch.nn.Linear(1, 1))
+    assert not speaks(tokenizer=None) and not speaks(trained=torch.nn.Linear(1, 1))

@@ -14,7 +14,7 @@ from camshaft.cli.streams import announce
 
 if TYPE_CHECKING:
     from camshaft.data import Prepared
-    from camshaft.state import State
+    from camshaft.state import State, World
 
 SAMPLE_TOKENS = 60
 
@@ -35,22 +35,30 @@ def show(state: State, data: Prepared, recipe_path: str, overrides: Sequence[str
 
 
 def speaks(state: State, data: Prepared) -> bool:
-    """Whether a sample can be made of it: there is a tokenizer, and this rank has every layer of our own model."""
+    """Whether a sample is to be expected: there is a tokenizer, and the model is our own."""
     from camshaft.models.llama import Llama
 
-    return data.tokenizer is not None and isinstance(state.model, Llama) and state.world.mesh.degree("pp") == 1
+    return data.tokenizer is not None and isinstance(state.model, Llama)
 
 
 def sample(state: State, data: Prepared) -> str:
     """A sample of the model under its headline, or in one line why there is none."""
-    if not state.world.readable:
-        return "no sample of the model: its parameters are divided over ranks"
+    reason = _divided(state.world)
+    if reason is not None:
+        return f"no sample of the model: {reason} are divided over ranks"
     text = text_sample(state, data) or "(blanks)"
     return f"sample of the model after step {state.step}:\n  {text}"
 
 
+def _divided(world: World) -> str | None:
+    """What of the model this rank cannot compute with alone: at the end of a run no other one helps."""
+    if world.mesh.degree("pp") > 1:
+        return "its layers"
+    return "its parameters" if world.mesh.degree("tp") > 1 or not world.readable else None
+
+
 def text_sample(state: State, data: Prepared) -> str:
-    """A few words from the model, one line. ``speaks`` and ``world.readable`` hold."""
+    """A few words from the model, one line. ``speaks`` holds, and this rank has the whole model."""
     import torch
 
     from camshaft.models.llama import Llama
