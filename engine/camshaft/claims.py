@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, get_args
 
 from camshaft.errors import PluginError, Problem
+from camshaft.host import installed
 
 if TYPE_CHECKING:
-    from camshaft.mesh import MeshShape
+    from camshaft.mesh import Axis, MeshShape
     from camshaft.recipe.schema import Recipe
 
 Resource = Literal[
@@ -170,8 +171,7 @@ def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
                 else "claims it: its ranks would train without ever exchanging anything"
             ),
             key=f"parallel.{axis.key}",
-            fix=f"enable a plugin that works along '{axis.name}'"
-            f"{' (plugins.ddp: {})' if axis.splits_batch else ''}, or set "
+            fix=f"enable a plugin that works along '{axis.name}'{_example(axis)}, or set "
             + (
                 f"launch.processes={mesh.world_size // axis.degree}"  # dp is what the other axes leave of them
                 if axis.key == "data_parallel"
@@ -181,6 +181,13 @@ def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
         for axis in mesh.axes
         if axis.degree > 1 and axis.name not in (reduced if axis.splits_batch else claimed)
     ]
+
+
+def _example(axis: Axis) -> str:
+    """A line that claims the axis, as far as an installed plugin is named like the axis' key in the recipe."""
+    named = [name for name in installed() if axis.key.startswith(name)]
+    name = "ddp" if axis.splits_batch else next(iter(named), None)
+    return "" if name is None else f" (plugins.{name}: {{}})"
 
 
 def _check_words(name: str, plan: Plan, mesh: MeshShape) -> None:
