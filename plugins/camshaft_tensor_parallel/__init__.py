@@ -1,0 +1,92 @@
+"""Tensor parallel: matrix products divided over ``tp`` (Shoeybi et al., arXiv:1909.08053), with the sequence divided
+between them (Korthikanti et al., arXiv:2205.05198).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict, Field
+
+import camshaft
+from camshaft.claims import Claim, Plan, PlanContext
+from camshaft.plugin import hookimpl
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from camshaft.data.loader import Batch
+    from camshaft.hookspecs import Forward
+    from camshaft.state import State, World
+    from camshaft_tensor_parallel.copies import Copies
+    from camshaft_tensor_parallel.sharding import Sharding
+
+
+class Options(camshaft.Options):
+    """How products are divided."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    sequence_parallel: bool = False
+    """Divide the tokens between regions: norms and dropout work on a rank's own, and a gather and a scatter take the
+    place of each sum over ranks."""
+    overlap: bool = Field(False, alias="async")
+    """Overlap gathers and scatters with the products next to them, in chunks along the tokens."""
+    plan: dict[str, str] = {}
+    """Glob over module names to style (region, column, row, ...), after the model's own plan and before it in rank."""
+
+
+class Plugin(camshaft.Plugin):
+    """Tensor and sequence parallel."""
+
+    Options = Options
+    _sharding: Sharding | None = None
+    _copies: tuple[Copies, ...] = ()
+
+    @hookimpl
+    def plan(self, context: PlanContext) -> Plan:
+        """Own the model's parameters, what is between its layers and sums of copies' gradients, along ``tp``."""
+        from camshaft_tensor_parallel.checks import problems
+
+        resources: Any = ("parameter.layout", "activation.layout", "gradient.reduce")
+        return Plan(
+            claims=tuple(Claim(resource, "tp") for resource in resources),
+            problems=tuple(problems(self.options, context, self.name)),
+        )
+
+    @hookimpl
+    def shard_compute(self, world: World, model: Module) -> None:
+        """Divide parameters and give modules forwards that exchange what is divided."""
+        from camshaft_tensor_parallel.sharding import Sharding
+
+        self._sharding = Sharding(self.options, world, model, self.name)
+
+    @hookimpl
+    def around_forward(self, state: State, call: Forward) -> Forward:
+        """Tell the modules the batch's shape."""
+        assert self._sharding is not None
+        see = self._sharding.line.see
+
+        def forward(batch: Batch) -> Any:
+            see(batch.tokens)
+            return call(batch)
+
+        return forward
+
+    @hookimpl
+    def bind(self, state: State) -> None:
+        """Find the copies whose gradients have to be summed."""
+        assert self._sharding is not None
+        self._copies = self._sharding.copies(state.world, state.model, self.name)
+
+    @hookimpl
+    def reduce_parts(self) -> None:
+        """Sum the gradients of copies that each rank computed a part of."""
+        for copies in self._copies:
+            copies.sum()
+
+    @hookimpl
+    def close(self) -> None:
+        """Give the modules their own forwards back."""
+        if self._sharding is not None:
+            self._sharding.close()
