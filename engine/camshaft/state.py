@@ -125,6 +125,8 @@ class State:
     gradients of its parameters are complete when it ends."""
     last_backward: bool = False
     """True during the last backward of the window on this rank, whatever its stage."""
+    inputs_only: bool = False
+    """True during a backward of inputs alone (I): no parameter gets a gradient before the W that follows."""
     window: Window | None = None
     loss: Tensor | None = None
     """Sum of token losses of this rank's part of the window, detached."""

@@ -65,6 +65,7 @@ class Strokes:
         """Say what is worked on: before each B, I and W."""
         state = self.state
         state.microbatch, state.stage = action.microbatch, action.stage
+        state.inputs_only = action.kind is Kind.I
         state.final_backward = action == self._final.get(action.stage)
         state.last_backward = action == self._last
 

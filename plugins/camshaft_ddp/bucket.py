@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from camshaft.comm import Channel, Pending
+from camshaft.stages import ONLY, Stages
 
 ALIGNMENT = 16
 """Elements; every gradient starts at a multiple, so that vector loads of fused kernels stay aligned."""
@@ -17,12 +18,14 @@ ALIGNMENT = 16
 class Bucket:
     """Gradients of ``parameters`` (of one dtype, on one device) in one buffer, with a flag a parameter at its end.
 
+    All of them get their gradients in the backwards of the same pipeline ``stages``.
+
     The flags are summed with the gradients: a parameter that this rank did not use learns whether another rank did,
     without a collective of its own.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
-        self.parameters = tuple(parameters)
+    def __init__(self, parameters: Sequence[Parameter], stages: Stages = ONLY) -> None:
+        self.parameters, self.stages = tuple(parameters), stages
         starts, size = [], 0
         for parameter in self.parameters:
             starts.append(size)
@@ -35,6 +38,7 @@ class Bucket:
         )
         self.flags = self.flat[size:]
         self.ready = 0
+        """Gradients that the backward that runs has brought."""
         self.complete = False
         self._pending: Pending | None = None
         self._narrow: Tensor | None = None
@@ -94,10 +98,10 @@ FIRST_BYTES = 1 << 20
 """Limit of the first bucket: a small one is full early, so that the wire has work soon after backward begins."""
 
 
-def fill(parameters: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
+def fill(parameters: Sequence[Parameter], bucket_bytes: int, stages: Stages = ONLY) -> list[Bucket]:
     """Buckets of at most ``bucket_bytes`` (or one larger parameter) in the given order, one dtype and device each.
 
-    The first holds at most ``FIRST_BYTES``.
+    All of ``parameters`` belong to the same ``stages``. The first bucket holds at most ``FIRST_BYTES``.
     """
     groups: list[list[Parameter]] = []
     open_groups: dict[tuple[torch.dtype, torch.device], tuple[list[Parameter], int]] = {}
@@ -112,4 +116,4 @@ def fill(parameters: Sequence[Parameter], bucket_bytes: int) -> list[Bucket]:
         members.append(parameter)
         open_groups[kind] = (members, used + size)
     groups += [members for members, _ in open_groups.values()]
-    return [Bucket(members) for members in groups]
+    return [Bucket(members, stages) for members in groups]

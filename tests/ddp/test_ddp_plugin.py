@@ -17,7 +17,8 @@ def bound(rank, world_size, order=None, compute=torch.float32, **options):
     model = nn.Sequential(*(nn.Linear(10, 9) if index % 2 == 0 else nn.Linear(9, 10) for index in range(4)))
     mesh = Mesh.connect(MeshShape.of(Parallel(), world_size), rank, "cpu", 30)
     policy = Policy(torch.float32, compute, torch.float32, torch.float32)
-    state = SimpleNamespace(world=SimpleNamespace(mesh=mesh, policy=policy), model=model, final_backward=True)
+    world = SimpleNamespace(mesh=mesh, policy=policy, stages={})
+    state = SimpleNamespace(world=world, model=model, stage=0, final_backward=True)
     plugin = Plugin(Options(**options))
     plugin.bind(state)
     if order is not None:

@@ -55,7 +55,8 @@ def expected(world_size, microbatches):
 
 
 def make(model, world_size, bucket_bytes=600, overlap=True, dtype=torch.float64):
-    state = SimpleNamespace(model=model, final_backward=False)
+    world = SimpleNamespace(stages={}, mesh=SimpleNamespace(degree=lambda axis: 1))
+    state = SimpleNamespace(model=model, world=world, stage=0, final_backward=False)
     channel = Channel(torch.distributed.group.WORLD, "ddp", "dp") if world_size > 1 else None
     return state, Reducer(state, channel, bucket_bytes=bucket_bytes, overlap=overlap, reduce_dtype=dtype)
 
@@ -193,12 +194,12 @@ def old_buffers_at_each_layout(rank, world_size):
     """How many flat buffers of the last layout still exist when the next one is made."""
     made, left = [], []
 
-    def watched(parameters, bucket_bytes):
+    def watched(parameters, bucket_bytes, stages):
         deadline = time.monotonic() + 5  # the group's thread lets go of a buffer a moment after its sum is there
         while any(buffer() is not None for buffer in made) and time.monotonic() < deadline:
             time.sleep(0.001)
         left.append(sum(buffer() is not None for buffer in made))
-        buckets = fill(parameters, bucket_bytes)
+        buckets = fill(parameters, bucket_bytes, stages)
         made[:] = [weakref.ref(bucket.flat) for bucket in buckets]
         return buckets
 
