@@ -7,7 +7,7 @@ and read as NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from camshaft_zero import grouping
 from camshaft_zero.grid import Grid
-from camshaft_zero.seats import Order, Seat, Slot, Visit, tensors_of, watch_inputs
+from camshaft_zero.seats import Order, Place, Seat, Slot, Visit, tensors_of, watch_inputs
 from camshaft_zero.storage import Unit
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ class Gatherer:
         """Told when the backward of a unit is over for a microbatch: in one order on all ranks, whatever each used."""
         self._seats = self._place(units)
         self._by_unit = {seat.unit: seat for seat in self._seats}
-        self._order = Order()
+        self._staged = len({stage for unit in units for stage in unit.stages}) > 1
+        self._orders: dict[int, Order] = {}
+        """Of each pipeline stage, learned in the first window."""
         self._kept: set[Seat] = set()
-        self._left: list[Seat] = []
         self._open: list[Visit] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for module, seats in self._modules().items():
@@ -73,35 +74,53 @@ class Gatherer:
     def _watch(self, module: Module, seats: list[Seat]) -> None:
         def before(_: Module, arguments: Any, named: Any) -> Any:
             inputs: Any = (arguments, named)
-            for seat in seats:
+            for seat in self._used(seats):
                 modules = seat.unit.modules
-                visit = Visit(seat, self._state.microbatch, module is modules[0], module is modules[-1])
+                visit = Visit(seat, self._place_now(), module is modules[0], module is modules[-1])
                 inputs = self._enter(visit, inputs)
             return inputs
 
         def after(_: Module, __: Any, output: Any) -> None:
-            for seat in seats:
+            for seat in self._used(seats):
                 self._leave(seat, output)
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         # Always: recomputation ends a forward by an exception, as soon as it has what backward asks for.
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
+    def _used(self, seats: list[Seat]) -> list[Seat]:
+        """Those of a module's seats that the stage uses; an evaluation, of which nobody tells the stage, has all."""
+        if not self._staged or not torch.is_grad_enabled():
+            return seats
+        return [seat for seat in seats if self._state.stage in seat.unit.stages]
+
+    def _place_now(self) -> Place:
+        return self._state.stage, self._state.microbatch
+
+    def _order_of(self, place: Place) -> Order:
+        return self._orders.setdefault(place[0], Order())
+
     def _enter(self, visit: Visit, inputs: Any) -> Any:
         seat = visit.seat
+        self._close_others(visit.place)
         seat.visits.append(visit)
         self.gather(seat)
         seat.users += 1
         if seat.backwards:  # recomputation inside a backward, which has its own hooks already
             return inputs
-        learning = self._order.learning and torch.is_grad_enabled()
-        if learning and seat not in self._order.seats:
-            self._order.seats.append(seat)
-        if not self._order.learning:
-            self._fetch_beside(seat, 1)
+        order = self._order_of(visit.place)
+        if order.learning and torch.is_grad_enabled() and seat not in order.seats:
+            order.seats.append(seat)
+        if not order.learning:
+            self._fetch_beside(visit, 1)
         if torch.is_grad_enabled():
             inputs, visit.counted = watch_inputs(inputs, lambda: self._ended(visit))
         return inputs
+
+    def _close_others(self, place: Place) -> None:
+        """Visits whose backward was one of inputs alone, and that no input's gradient told to be over."""
+        if self._open and self._open[0].place != place:
+            self._close_every(self._open)
 
     def _ended(self, visit: Visit) -> None:
         if visit.opened and not visit.closed:
@@ -115,11 +134,11 @@ class Gatherer:
             return
         if torch.is_grad_enabled():
             outputs = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
-            seat.due[visit.microbatch] += bool(outputs)
+            seat.due[visit.place] += bool(outputs)
             for tensor in outputs:
                 tensor.register_hook(self._opens(visit))  # type: ignore[no-untyped-call]
-            if self._order.learning:
-                self._left.append(seat)
+            if self._order_of(visit.place).learning:
+                self._order_of(visit.place).left.append(seat)
             if not self._reshard or seat in self._kept:
                 return
         if visit.last and not seat.users:
@@ -130,30 +149,28 @@ class Gatherer:
             if visit.opened:
                 return
             visit.opened = True
-            self._learned()
+            self._close_others(visit.place)
+            self._learned(visit.place)
             seat = visit.seat
             self.gather(seat)
             seat.users += 1
             seat.backwards += 1
             self._open.append(visit)
-            self._fetch_beside(seat, -1)
+            self._fetch_beside(visit, -1)
 
         return opens
 
-    def _learned(self) -> None:
-        """The first backward begins: the order is known, and what was used last is kept from now on."""
-        if self._order.learning:
-            self._order.learning = False
-            inner = [seat for seat in self._left if not seat.unit.group.encloses]
-            around = [seat for seat in self._left if seat.unit.group.encloses and not seat.unit.group.depth]
-            self._kept = {*inner[-1:], *around}
-            self._left = []
+    def _learned(self, place: Place) -> None:
+        """The first backward of a stage begins: its order is known, and what was used last is kept from now on."""
+        order = self._order_of(place)
+        if order.learning:
+            self._kept |= order.settle()
 
     def _passed(self, visit: Visit) -> None:
         """Backward has left a module; tell of its unit if that was the last time in this microbatch."""
         seat = visit.seat
-        seat.due[visit.microbatch] -= 1
-        if not seat.due[visit.microbatch]:
+        seat.due[visit.place] -= 1
+        if not seat.due[visit.place]:
             self.over(seat.unit)
 
     def _close(self, visit: Visit) -> None:
@@ -165,8 +182,8 @@ class Gatherer:
         if visit.first and not seat.users:
             self.free(seat)
 
-    def _fetch_beside(self, seat: Seat, step: int) -> None:
-        for other in self._order.beside(seat, self._prefetch, step):
+    def _fetch_beside(self, visit: Visit, step: int) -> None:
+        for other in self._order_of(visit.place).beside(visit.seat, self._prefetch, step):
             if not other.held:
                 self._fetch(other)
 
@@ -196,7 +213,7 @@ class Gatherer:
             if occupant is not None and occupant.pending is not None and not occupant.users:
                 self._arrive(occupant)  # it was fetched ahead and is not needed yet
             elif occupant is not None and occupant.finished:
-                self._close_all(occupant)
+                self._close_every(each for each in self._open if each.seat is occupant)
             if not self._fetch(seat):
                 other = "another unit" if occupant is None else f"'{occupant.unit.name}'"
                 raise RuntimeError(
@@ -229,16 +246,15 @@ class Gatherer:
         seat = self._by_unit[unit]
         seat.finished = not any(visit.counted for visit in self._open if visit.seat is seat)
 
-    def _close_all(self, seat: Seat) -> None:
-        for visit in [each for each in self._open if each.seat is seat]:
+    def _close_every(self, visits: Iterable[Visit]) -> None:
+        for visit in list(visits):
             self._close(visit)
 
     def end_backward(self) -> None:
         """Backward is over for everything, also where neither inputs nor gradients told so."""
-        for visit in list(self._open):
-            self._close(visit)
+        self._close_every(self._open)
         for seat in self._seats:
-            seat.due.pop(self._state.microbatch, None)
+            seat.due.pop(self._place_now(), None)
             seat.finished = False
 
     def forget(self) -> None:

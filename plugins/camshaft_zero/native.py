@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch.nn import Module, ModuleList, Parameter
@@ -9,6 +10,7 @@ from torch.nn import Module, ModuleList, Parameter
 from camshaft.errors import Problem, RecipeError
 from camshaft.models.init import materialize
 from camshaft.parts import Part
+from camshaft.stages import Stages, stages_of
 from camshaft_zero.costs import summed_each
 from camshaft_zero.gatherer import Gatherer
 from camshaft_zero.grid import Grid
@@ -52,20 +54,25 @@ class Native(Storage):
         self._held: list[tuple[Part, Unit, int]] = []
 
     def _make_units(self, model: Module) -> list[Unit]:
+        """Units of one pipeline stage each; of a rank's several stages those come first that forward uses first."""
         world, options = self._world, self._options
-        trained, frozen = items_of(model)
+        trained, frozen = (by_stage(items, stages_of(model, world.stages), model) for items in items_of(model))
         size = world.policy.param.itemsize
-        groups: list[Group] = []
+        groups: list[tuple[Group, Stages]] = []
         if self.divided:
             lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList)]
             least = int(options.unit_size_mb * 2**20 / size)
             self._check_patterns(model)
-            for items in (trained, frozen):
-                groups += by_module(items, lists, options.units, least) if items else []
+            for stages, items in (*trained.items(), *frozen.items()):
+                groups += [(group, stages) for group in by_module(items, lists, options.units, least)]
         else:
-            groups = buckets(trained, options.bucket_size_mb, size)
-            self._check_overlap(groups, size)
-        return [Unit(index, group, model, self.grid, world, self.divided) for index, group in enumerate(groups)]
+            for stages, items in reversed(trained.items()):  # in the order of backward, as buckets are
+                groups += [(group, stages) for group in buckets(items, options.bucket_size_mb, size)]
+            self._check_overlap([group for group, _ in groups], size)
+        return [
+            Unit(index, group, model, self.grid, world, self.divided, stages)
+            for index, (group, stages) in enumerate(groups)
+        ]
 
     def _check_patterns(self, model: Module) -> None:
         """Refuse a pattern of units that chooses nothing."""
@@ -229,3 +236,11 @@ def items_of(model: Module) -> tuple[list[Item], list[Item]]:
         names.setdefault(parameter, []).append(name)
     items = [(p, Item(own[0], p.numel(), tuple(own))) for p, own in names.items() if p.numel()]
     return [item for p, item in items if p.requires_grad], [item for p, item in items if not p.requires_grad]
+
+
+def by_stage(items: Iterable[Item], stages: Mapping[Parameter, Stages], model: Module) -> dict[Stages, list[Item]]:
+    """``items`` by the pipeline stages that use them: those of several first, then stage by stage."""
+    found: dict[Stages, list[Item]] = {}
+    for item in items:
+        found.setdefault(stages[model.get_parameter(item.name)], []).append(item)
+    return {each: found[each] for each in sorted(found, key=lambda each: (len(each) == 1, min(each)))}

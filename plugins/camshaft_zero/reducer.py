@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from camshaft.comm import Pending
+from camshaft.stages import strange_stage
 from camshaft.state import State
+from camshaft_zero.filling import Filling
 from camshaft_zero.grid import Grid
 from camshaft_zero.layout import Member
 from camshaft_zero.pool import Pool
@@ -21,62 +23,13 @@ UNDER_WAY = 2
 """Units whose gradients are in the dtype of the wire at the same time, where that is not the one they are kept in."""
 
 
-class Filling:
-    """A unit's gradients of the backward that runs, or of the window.
-
-    ``buffer`` [layout.size] in the dtype in which backward adds up; None while nothing has been written (then it is
-    taken from the pool).
-    """
-
-    def __init__(self, unit: Unit, buffer: Tensor | None) -> None:
-        self.unit, self.buffer = unit, buffer
-        self.views: tuple[Tensor, ...] = () if buffer is None else self.views_of(buffer)
-        self._known: dict[int, tuple[Tensor, ...]] = {}
-        self.ready = 0
-        self.expected = len(unit.layout.members)
-        self.complete = False
-        self.fresh = [False] * self.expected
-        """Whether the buffer holds this microbatch's (this window's) gradient of each member."""
-        self.used = [False] * self.expected
-        """Whether this rank had a gradient of each member in this window."""
-        self.total: Tensor | None = None
-        """This rank's stretch of the sum; None until the first sum of the window is there."""
-
-    def views_of(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        return tuple(member.view(buffer) for member in self.unit.layout.members)
-
-    def take(self, pool: Pool) -> None:
-        """Get a buffer that this microbatch's gradients can be written to."""
-        self.buffer = buffer = pool.take()
-        flat = buffer[: self.unit.layout.size]
-        if buffer.data_ptr() not in self._known:
-            self._known[buffer.data_ptr()] = self.views_of(flat)
-        self.views = self._known[buffer.data_ptr()]
-
-    def forget(self) -> None:
-        """Drop the views of buffers that are gone."""
-        self._known.clear()
-        if self.buffer is None:
-            self.views = ()
-
-    def source(self) -> Tensor:
-        """The whole buffer with zeros where there is no gradient."""
-        assert self.buffer is not None
-        flat = self.buffer[: self.unit.layout.size]
-        for begin, end in self.unit.layout.gaps:
-            flat[begin:end].zero_()
-        for view, fresh in zip(self.views, self.fresh, strict=True):
-            if not fresh:
-                view.zero_()
-        return flat
-
-
 class Reducer:
     """Sums gradients over the ranks, and gives each part the gradient of what it holds.
 
     With ``each`` a unit's gradients are summed after every microbatch and only this rank's stretch is kept; otherwise
-    the full gradients stay until the window's last backward. Sums start in one order on all ranks, whatever each rank
-    used; with ``paced`` also at the same places between gathers: where ``over`` is told so, not where gradients come.
+    the full gradients stay until the last backward of the unit's pipeline stage. Sums start in one order on all ranks,
+    whatever each rank used; with ``paced`` also at the same places between gathers: where ``over`` is told so, not
+    where gradients come. A backward touches the units of its own stage alone, so that stages may take turns.
     """
 
     def __init__(
@@ -91,7 +44,13 @@ class Reducer:
         # Until the first backward shows it: units of modules are listed as forward goes, buckets as backward does.
         self._order = self._fillings[::-1] if paced else list(self._fillings)
         self._seen: list[Filling] | None = []
+        self._turn: list[Filling] | None = None
+        """Units whose sums the backward that runs starts, in order; None until it is asked for."""
         self._next = 0
+        """Place in it."""
+        self._done: set[int] = set()
+        """Stages whose last backward of this window is over."""
+        self._staged = len({stage for unit in units for stage in unit.stages}) > 1
         self._started: list[tuple[Filling, Pending | None, Tensor, Tensor | None]] = []
         self._carried = 0
         """Sums under way that an earlier backward started."""
@@ -129,9 +88,11 @@ class Reducer:
         self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _hook(self, filling: Filling, index: int, member: Member) -> Callable[[Tensor], None]:
-        alone, each = self._grid.alone, self._each
+        alone, each, stages = self._grid.alone, self._each, filling.unit.stages
 
         def ready(parameter: Tensor) -> None:
+            if self._state.stage not in stages:
+                raise strange_stage(member.name, self._state.stage, stages)
             if filling.complete or (each and filling.fresh[index]):
                 raise self._twice(member.name)
             if each:
@@ -166,21 +127,37 @@ class Reducer:
             self._over(filling)
 
     def over(self, unit: Unit) -> None:
-        """The backward of ``unit`` is over for this microbatch, on all ranks alike."""
-        if unit in self._by_unit:
+        """The backward of ``unit`` is over for this microbatch, on all ranks alike.
+
+        One of inputs alone brought no gradients: those come in a backward that needs no parameters, and tells of none.
+        """
+        if unit in self._by_unit and not self._state.inputs_only:
             self._over(self._by_unit[unit])
 
     def _over(self, filling: Filling) -> None:
         if self._seen is not None:
             self._seen.append(filling)
-        if self._each or self._state.final_backward:
+        if self._each or self._closes(filling):
             filling.complete = True
             if self._overlap or self._each:
-                while self._next < len(self._order) and self._order[self._next].complete:
-                    self._start(self._order[self._next])
+                turn = self._units_in_turn()
+                while self._next < len(turn) and turn[self._next].complete:
+                    self._start(turn[self._next])
                     self._next += 1
                     if not self._overlap:
                         self._settle_oldest()
+
+    def _closes(self, filling: Filling) -> bool:
+        """Whether the backward that runs is the window's last that brings gradients of this unit."""
+        state = self._state
+        return state.final_backward and filling.unit.stages <= self._done | {state.stage}
+
+    def _units_in_turn(self) -> list[Filling]:
+        if self._turn is None:
+            stage = self._state.stage
+            own = [filling for filling in self._order if stage in filling.unit.stages]
+            self._turn = own if self._each else [filling for filling in own if self._closes(filling)]
+        return self._turn
 
     def _start(self, filling: Filling) -> None:
         """Begin the sum of one unit over the ranks that divide it."""
@@ -218,19 +195,23 @@ class Reducer:
         return True
 
     def end_backward(self) -> None:
-        """After each backward: take what no hook took, and sum the units that did not fill up."""
+        """After each backward: take what no hook took, and sum the units of its stage that did not fill up."""
+        state = self._state
         self._take_batched()
-        if self._each or self._state.final_backward:
-            self._start_rest()
+        for filling in self._units_in_turn()[self._next :]:
+            self._start(filling)
+        self._turn, self._next = None, 0
         for filling in self._fillings:
-            filling.ready = 0
-            if self._each:
-                filling.complete = False
-                filling.fresh = [False] * filling.expected
-        if self._each:
-            self._next = 0
-        self._carried = len(self._started)
-        if self._state.final_backward:
+            if state.stage in filling.unit.stages:
+                filling.ready = 0
+                if self._each:
+                    filling.complete = False
+                    filling.fresh = [False] * filling.expected
+        # Between stages' backwards there may be no forward to finish in: then only a buffer that lacks is waited for.
+        self._carried = 0 if self._staged else len(self._started)
+        if state.final_backward:
+            self._done.add(state.stage)
+        if state.last_backward:
             self._start_flags()
 
     def _take_batched(self) -> None:
@@ -244,11 +225,6 @@ class Reducer:
                 filling.fresh[index] = filling.used[index] = True
         if fresh:
             torch._foreach_copy_(views, fresh)
-
-    def _start_rest(self) -> None:
-        for filling in self._order[self._next :]:
-            self._start(filling)
-        self._next = len(self._order)
 
     def _start_flags(self) -> None:
         """Begin to ask whether a parameter that this rank did not use was used by another."""
@@ -342,7 +318,7 @@ class Reducer:
         """Drop all gradients; after the first window let every rank start sums in the first rank's order of
         backward.
         """
-        self._next = 0
+        self._done.clear()
         for filling in self._fillings:
             filling.total, filling.complete = None, False
             filling.fresh, filling.used = [False] * filling.expected, [False] * filling.expected

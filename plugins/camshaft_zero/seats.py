@@ -13,6 +13,9 @@ from torch import Tensor
 from camshaft.comm import Pending
 from camshaft_zero.storage import Unit, nothing
 
+Place = tuple[int, int]
+"""Pipeline stage and microbatch of a forward."""
+
 
 class Slot:
     """A buffer that units use in turn."""
@@ -40,8 +43,8 @@ class Seat:
         """Whether all its gradients of the backward that runs have come."""
         self.visits: list[Visit] = []
         """Forwards that run now, the innermost last."""
-        self.due: Counter[int] = Counter()
-        """Forwards of each microbatch whose backward is to come, or runs."""
+        self.due: Counter[Place] = Counter()
+        """Forwards of each stage and microbatch whose backward is to come, or runs."""
 
     def seat(self) -> None:
         """Take views of the slot, once its size is settled."""
@@ -66,7 +69,7 @@ class Visit:
     """One forward of a module, until its backward is over."""
 
     seat: Seat
-    microbatch: int
+    place: Place
     first: bool
     """Whether forward uses the unit here first, of several modules that are one unit."""
     last: bool
@@ -80,10 +83,22 @@ class Visit:
 
 @dataclass(slots=True)
 class Order:
-    """Seats in the order in which the first forward used them."""
+    """Seats in the order in which the first forward of a stage used them."""
 
     seats: list[Seat] = field(default_factory=list)
+    left: list[Seat] = field(default_factory=list)
+    """As forwards left them, while the order is learned."""
     learning: bool = True
+
+    def settle(self) -> set[Seat]:
+        """The order is known now. Returns the seats that stay gathered from forward to backward: what was used last,
+        and what is around all others.
+        """
+        self.learning = False
+        inner = [seat for seat in self.left if not seat.unit.group.encloses]
+        around = [seat for seat in self.left if seat.unit.group.encloses and not seat.unit.group.depth]
+        self.left = []
+        return {*inner[-1:], *around}
 
     def beside(self, seat: Seat, ahead: int, step: int) -> Iterator[Seat]:
         """The next ``ahead`` seats in forward (``step`` 1) or backward (-1)."""

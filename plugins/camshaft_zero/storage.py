@@ -12,6 +12,7 @@ from torch.nn import Module, Parameter
 from camshaft.models.init import fill_stretch, place
 from camshaft.models.roles import initial_values, owned_parameters
 from camshaft.parts import Part, Parts
+from camshaft.stages import ONLY, Stages
 from camshaft_zero.grid import Grid
 from camshaft_zero.grouping import Group
 from camshaft_zero.layout import Layout
@@ -27,11 +28,14 @@ class Unit:
 
     ``full`` [layout.size] holds all of them in the policy's param dtype, and is None where parameters are divided;
     ``shard`` is this rank's stretch of it; ``master`` what this rank's optimizer updates, in the master dtype: a view
-    of ``shard`` where the dtypes are equal.
+    of ``shard`` where the dtypes are equal. All of them get their gradients in the backwards of the same pipeline
+    ``stages``.
     """
 
-    def __init__(self, index: int, group: Group, model: Module, grid: Grid, world: World, divided: bool) -> None:
-        self.index, self.name, self.group = index, group.name, group
+    def __init__(
+        self, index: int, group: Group, model: Module, grid: Grid, world: World, divided: bool, stages: Stages = ONLY
+    ) -> None:
+        self.index, self.name, self.group, self.stages = index, group.name, group, stages
         self.modules = tuple(model.get_submodule(name) for name in group.modules)
         named = [(item.name, model.get_parameter(item.name), world.roles[item.name]) for item in group.items]
         self.layout = Layout(named, grid.divisor)
