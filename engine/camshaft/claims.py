@@ -86,6 +86,9 @@ class Plan:
 WHOLE = frozenset({"parameter_sums", "whole_parameters"})
 """Facts that the core provides while nobody lays out what the optimizer updates: each parameter is there, whole."""
 
+TOKENS = "divided_tokens"
+"""``divided_tokens@tp``: the fact that hidden states between layers are divided over the tokens along that axis."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanContext:

@@ -39,7 +39,9 @@ class Sizes:
     whole: tuple[ParameterShape, ...] | None = None
     """Each parameter of the whole model."""
     config: ModelConfig | None = None
-    """The architecture: sizes of activations follow from it. None where a plugin builds a model of its own."""
+    """The architecture. None where a plugin builds a model of its own."""
+    hidden: int = 0
+    """Elements of the hidden states of one microbatch between two layers, on this rank; 0 where ``config`` is None."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ between them (Korthikanti et al., arXiv:2205.05198).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from camshaft.data.loader import Batch
+    from camshaft.estimate import Estimate, Sizes
     from camshaft.hookspecs import Forward
+    from camshaft.models.shapes import ParameterShape
     from camshaft.state import State, World
     from camshaft_tensor_parallel.copies import Copies
     from camshaft_tensor_parallel.sharding import Sharding
@@ -51,8 +54,25 @@ class Plugin(camshaft.Plugin):
         resources: Any = ("parameter.layout", "activation.layout", "gradient.reduce")
         return Plan(
             claims=tuple(Claim(resource, "tp") for resource in resources),
+            provides=("divided_tokens@tp",) if self.options.sequence_parallel else (),
             problems=tuple(problems(self.options, context, self.name)),
         )
+
+    @hookimpl
+    def shapes(
+        self, context: PlanContext, parameters: tuple[ParameterShape, ...], rank: int
+    ) -> Iterable[ParameterShape]:
+        """Every parameter in the shape of its box."""
+        from camshaft_tensor_parallel.shapes import shapes
+
+        return shapes(self.options, context, parameters, rank)
+
+    @hookimpl
+    def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate:
+        """Sums, or gathers and scatters, around each region."""
+        from camshaft_tensor_parallel.costs import estimate
+
+        return estimate(self.options, context, sizes)
 
     @hookimpl
     def shard_compute(self, world: World, model: Module) -> None:

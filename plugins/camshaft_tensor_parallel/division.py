@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from camshaft.boxes import Box
 from camshaft.errors import Problem, RecipeError
-from camshaft.parts import Box
 from camshaft_tensor_parallel.styles import DIVIDED, Style, StylePlan
 
 

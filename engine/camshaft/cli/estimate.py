@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from camshaft.claims import Widths
+from camshaft.claims import TOKENS, Widths
 from camshaft.cli.console import columns
 from camshaft.errors import PluginError
 from camshaft.estimate import Estimate, Sizes, StateBytes, combine
@@ -50,8 +50,18 @@ def sizes(checked: Checked, host: Host, rank: int = 0) -> Sizes:
         borrowed=tuple(each for each in here if not each.owned),
         whole=whole,
         config=checked.config,
+        hidden=_hidden(checked, checked.config),
         **common,
     )
+
+
+def _hidden(checked: Checked, config: ModelConfig) -> int:
+    """Elements of a microbatch's hidden states on a rank: divided along axes of which a plan says so."""
+    assert checked.context is not None and checked.batch is not None
+    recipe, mesh = checked.context.recipe, checked.context.mesh
+    facts = {fact for plan in checked.plans.values() for fact in plan.provides}
+    ranks = math.prod(axis.degree for axis in mesh.axes if f"{TOKENS}@{axis.name}" in facts)
+    return -(-checked.batch.micro_batch_size * recipe.data.sequence_length // ranks) * config.hidden_size
 
 
 def _of_rank(

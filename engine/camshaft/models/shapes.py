@@ -36,6 +36,11 @@ class ParameterShape:
         return math.prod(self.shape)
 
     @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter as one process would have it."""
+        return self.shape if self.box is None else self.box.shape
+
+    @property
     def copies(self) -> int:
         """How many ranks along axes that divide parameters have the same elements."""
         return 1 if self.box is None else self.box.copies
