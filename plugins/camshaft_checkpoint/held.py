@@ -40,7 +40,7 @@ class Divided:
         """``tensor`` (a DTensor: this rank's share) is a rectangle of what ``box`` tells the whole of."""
         local, offset = _local(tensor)
         made = cls(box.shape, tensor.dtype, _copied(box, tuple(tensor.shape)))
-        if local.numel() or not tensor.numel():
+        if local.numel():
             made.boxes[_moved(offset, box.offset)] = local
         return made
 
@@ -55,6 +55,8 @@ class Divided:
         Of the rectangle ``within`` (offset, extent); without it, of the whole.
         """
         offset, shape = within or ((0,) * len(self.shape), self.shape)
+        if 0 in shape and 0 not in self.shape:
+            return  # a rank without a share; the box of another one begins there
         place = 0
         for offsets, extent in boxes(shape, start, flat.numel()):
             size = prod(extent)
@@ -86,7 +88,7 @@ Held = Tensor | Divided
 
 def in_box(tensor: Tensor, box: Box | None) -> Held:
     """``tensor`` as what it is of the whole parameter; itself where it is all of that."""
-    if box is None or tuple(tensor.shape) == box.shape:
+    if box is None or tuple(tensor.shape) == box.shape:  # so where the whole is empty, too
         return tensor
     return Divided.of(tensor, box)
 
