@@ -139,9 +139,10 @@ def combine(answers: Mapping[str, Estimate | None], sizes: Sizes) -> Estimate:
             owners[1], "estimate", f"tells the model state, and '{owners[0]}' does too: leave `state` to who owns it"
         )
     parts = list(given.values()) if owners else [replicated(sizes), *given.values()]
-    borrowed = sum(each.elements for each in sizes.borrowed) * sizes.widths.param
-    if borrowed:
-        parts.append(Estimate(buffers=(("copies of another stage's parameters", borrowed),)))
+    if sizes.borrowed:
+        widths = sizes.widths
+        held = sum(each.elements * (widths.param + widths.gradient * each.trains) for each in sizes.borrowed)
+        parts.append(Estimate(buffers=(("copies of another stage's parameters, with gradients", held),)))
     return Estimate(
         next(part.state for part in parts if part.state is not None),
         tuple(buffer for part in parts for buffer in part.buffers),

@@ -125,7 +125,10 @@ def _row(what: str, size: int | None) -> tuple[str, str, str, str]:
 
 
 def _traffic(found: Estimate, rank: int | None) -> str:
-    rows = [(entry.axis, entry.op, f"{entry.bytes:,}", short(entry.bytes / 1e9)) for entry in found.sent]
+    sums: dict[tuple[str, str], int] = {}
+    for entry in found.sent:
+        sums[entry.axis, entry.op] = sums.get((entry.axis, entry.op), 0) + entry.bytes
+    rows = [(axis, op, f"{size:,}", short(size / 1e9)) for (axis, op), size in sums.items()]
     table = columns(("axis", "operation", "bytes", "GB"), rows) if rows else "(nothing, as far as plugins say)"
     return f"sent {'per rank and step' if rank is None else f'by rank {rank} in a step'}\n{table}"
 
