@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from camshaft.comm_exchange import Scratch, add_in_order, exchange
+from camshaft.comm_exchange import Scratch, add_in_order, exchange, message
 
 _SHARE: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda size: 2 * (size - 1) / size,
@@ -65,6 +65,19 @@ class Call(NamedTuple):
         """Bytes that this rank sends, by theory."""
         count = sent(self.op, self.size, self.elements) if self.away is None else self.away
         return count * self.dtype.itemsize
+
+
+class Message(NamedTuple):
+    """``tensor``, to rank ``peer`` of the group where it goes ``away``, and else from it; contiguous."""
+
+    tensor: Tensor
+    peer: int
+    away: bool
+
+    @property
+    def op(self) -> str:
+        """Name of the operation, as ``sent`` takes it."""
+        return "send" if self.away else "recv"
 
 
 Observer = Callable[[Call], None]
@@ -177,6 +190,44 @@ class Channel:
         with self._told(hook, "broadcast", tensor.dtype, tensor.numel()):
             return self._broadcast(tensor, source)
 
+    def send(self, tensor: Tensor, peer: int, hook: str) -> Pending:
+        """Message ``tensor`` to rank ``peer`` of the group, for the same number of its receives from this rank."""
+        return self.messages((Message(tensor, peer, True),), hook)[0]
+
+    def recv(self, tensor: Tensor, peer: int, hook: str) -> Pending:
+        """``tensor`` becomes the message of rank ``peer`` that is the next one for this rank."""
+        return self.messages((Message(tensor, peer, False),), hook)[0]
+
+    def messages(self, several: Sequence[Message], hook: str) -> list[Pending]:
+        """Start ``several`` messages, with what to wait for of each. Ranks that take no part need not call.
+
+        On a device they are started together: neither waits for another of them. On a CPU the length goes along:
+        messages of unequal lengths never meet, and both ranks fail at their time-out.
+        """
+        if Channel.observer is None:
+            return self._messages(several)
+        started: list[Pending] = []
+        for each in several if several[0].tensor.is_cpu else ():
+            with self._told(hook, each.op, each.tensor.dtype, each.tensor.numel()):
+                started += self._messages((each,))
+        if not started:
+            for each in several[1:]:
+                Channel.observer(self._call(hook, each.op, each.tensor.dtype, each.tensor.numel()))
+            with self._told(hook, several[0].op, several[0].tensor.dtype, several[0].tensor.numel()):
+                started = self._messages(several)
+        return started
+
+    def _messages(self, several: Sequence[Message]) -> list[Pending]:
+        if several[0].tensor.is_cpu:
+            works = [message(self.group, each.tensor, each.peer, each.away) for each in several]
+            return [Pending((work,), None, self._timeout) for work in works]
+        calls = [
+            dist.P2POp(dist.isend if each.away else dist.irecv, each.tensor, group=self.group, group_peer=each.peer)
+            for each in several
+        ]
+        together = Pending(dist.batch_isend_irecv(calls))
+        return [together] * len(several)
+
     def trim(self) -> None:
         """Let go of the memory that is kept for next calls."""
         self._scratch.clear()
@@ -239,11 +290,14 @@ class Channel:
             return _DONE
         return Pending((dist.broadcast(tensor, group=self.group, group_src=source, async_op=True),))
 
+    def _call(self, hook: str, op: str, dtype: torch.dtype, elements: int, away: int | None = None) -> Call:
+        return Call(self.plugin, hook, self.axis, op, dtype, elements, self.size, away)
+
     @contextmanager
     def _told(self, hook: str, op: str, dtype: torch.dtype, elements: int, away: int | None = None) -> Iterator[None]:
         """Tell the observer, which then knows of what torch is asked for inside."""
         assert Channel.observer is not None
-        Channel.observer(Call(self.plugin, hook, self.axis, op, dtype, elements, self.size, away))
+        Channel.observer(self._call(hook, op, dtype, elements, away))
         _thread.starting = True
         try:
             yield

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup, Work
 CHUNK = 65536
 """Elements that are added over all ranks before the next: what they sum up in stays in the cache."""
 
-_OURS, _BYTES = 1 << 30, (1 << 30) - 1
+_OURS, _MESSAGE, _BYTES = 1 << 30, 1 << 29, (1 << 29) - 1
 
 
 def exchange(group: ProcessGroup, rank: int, outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Work]:
@@ -40,6 +40,15 @@ def exchange(group: ProcessGroup, rank: int, outputs: Sequence[Tensor], sources:
         if source.numel():
             works.append(group.send([source], peer, _tag(source)))
     return works
+
+
+def message(group: ProcessGroup, tensor: Tensor, peer: int, away: bool) -> Work:
+    """Start to send ``tensor`` to rank ``peer`` where it goes ``away``, else to receive it.
+
+    Messages of one length between two ranks come in the order in which they were sent, apart from ``exchange``'s.
+    """
+    tag = _MESSAGE | (tensor.nbytes & _BYTES)
+    return group.send([tensor], peer, tag) if away else group.recv([tensor], peer, tag)
 
 
 def _tag(tensor: Tensor) -> int:

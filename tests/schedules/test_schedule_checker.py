@@ -6,10 +6,10 @@ import pytest
 
 from camshaft.errors import CamshaftError
 from camshaft.program import Action, Kind
-from tools.schedules.checker import check_schedule
-from tools.schedules.errors import ScheduleError
-from tools.schedules.schedule import Schedule
-from tools.schedules.transfers import complete
+from camshaft_pipeline.checker import check_schedule
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.schedule import Schedule
+from camshaft_pipeline.transfers import complete
 
 END = "REDUCE CLIP STEP"
 

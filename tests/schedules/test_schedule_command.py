@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from tools.schedules import table
-from tools.schedules.schedules import make
+from camshaft_pipeline import table
+from camshaft_pipeline.schedules import make
 
 
 def run(*words):

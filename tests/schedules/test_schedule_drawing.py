@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from camshaft.program import Action, Kind
-from tools.schedules.drawing import svg, text, trace
-from tools.schedules.errors import ScheduleError
-from tools.schedules.replay import Times
-from tools.schedules.schedules import FAMILIES, make
-from tools.schedules.simulator import simulate
+from camshaft_pipeline.drawing import svg, text, trace
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.replay import Times
+from camshaft_pipeline.schedules import FAMILIES, make
+from camshaft_pipeline.simulator import simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tools.schedules.orders_v import dualpipe_v
-from tools.schedules.replay import B, F, I, Times, W
-from tools.schedules.schedules import make
-from tools.schedules.simulator import simulate
+from camshaft_pipeline.orders_v import dualpipe_v
+from camshaft_pipeline.replay import B, F, I, Times, W
+from camshaft_pipeline.schedules import make
+from camshaft_pipeline.simulator import simulate
 
 
 def windows(p):

@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 
 from camshaft.program import CLOSING, COMPUTE, TRANSFERS, Action, Kind
-from tools.schedules.checker import check_schedule
-from tools.schedules.errors import ScheduleError
-from tools.schedules.replay import RECVS, SENDS
-from tools.schedules.schedules import FAMILIES, make
+from camshaft_pipeline.checker import check_schedule
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.replay import RECVS, SENDS
+from camshaft_pipeline.schedules import FAMILIES, make
 
 
 class Mutable:

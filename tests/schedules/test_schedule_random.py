@@ -8,11 +8,11 @@ import time
 import pytest
 
 from camshaft.program import Kind, check
-from tools.schedules.checker import check_schedule, live_activations
-from tools.schedules.replay import SENDS, Times
-from tools.schedules.schedule import message
-from tools.schedules.schedules import FAMILIES, make
-from tools.schedules.simulator import simulate
+from camshaft_pipeline.checker import check_schedule, live_activations
+from camshaft_pipeline.replay import SENDS, Times
+from camshaft_pipeline.schedule import message
+from camshaft_pipeline.schedules import FAMILIES, make
+from camshaft_pipeline.simulator import simulate
 
 TRANSFERS = (Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B)
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 import pytest
 
 from camshaft.program import COMPUTE, Action, Kind
-from tools.schedules.errors import ScheduleError
-from tools.schedules.replay import Times
-from tools.schedules.schedules import FAMILIES, make
-from tools.schedules.simulator import simulate
-from tools.schedules.transfers import complete
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.replay import Times
+from camshaft_pipeline.schedules import FAMILIES, make
+from camshaft_pipeline.simulator import simulate
+from camshaft_pipeline.transfers import complete
 
 
 def moments(spans):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tools.schedules import table
-from tools.schedules.checker import check_schedule
-from tools.schedules.errors import ScheduleError
-from tools.schedules.schedule import without_transfers
-from tools.schedules.schedules import FAMILIES, make
+from camshaft_pipeline import table
+from camshaft_pipeline.checker import check_schedule
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.schedule import without_transfers
+from camshaft_pipeline.schedules import FAMILIES, make
 
 
 @pytest.mark.parametrize("name", FAMILIES)

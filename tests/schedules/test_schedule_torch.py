@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from camshaft.program import Action, Kind
-from tools.schedules.checker import check_schedule
-from tools.schedules.replay import Times
-from tools.schedules.schedule import loop_placement, v_placement, without_transfers
-from tools.schedules.schedules import make
-from tools.schedules.simulator import simulate
-from tools.schedules.transfers import complete
+from camshaft_pipeline.checker import check_schedule
+from camshaft_pipeline.replay import Times
+from camshaft_pipeline.schedule import loop_placement, v_placement, without_transfers
+from camshaft_pipeline.schedules import make
+from camshaft_pipeline.simulator import simulate
+from camshaft_pipeline.transfers import complete
 
 visualizer = pytest.importorskip("torch.distributed.pipelining._schedule_visualizer")
 

@@ -27,6 +27,7 @@ PLAIN_WORDS = {
     "console": "rich's class for a terminal",
     "deepspeed": "a launcher, and a package that doctor looks for",
     "jsonl": "a file format that the data reader knows",
+    "pipeline": "what an axis of the mesh and the stages of a model are for",
     "precision": "the slot",
 }
 STRATEGIES = {*NAMES, "adam", "fsdp", "zero1", "zero2", "zero3", "gpipe", "megatron", "muon", "lion", "cosine"} - {

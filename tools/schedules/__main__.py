@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.schedules import table
-from tools.schedules.checker import check_schedule
-from tools.schedules.drawing import svg, text, trace
-from tools.schedules.errors import ScheduleError
-from tools.schedules.replay import Times
-from tools.schedules.schedule import Schedule
-from tools.schedules.schedules import FAMILIES, make
-from tools.schedules.simulator import simulate
+from camshaft_pipeline import table
+from camshaft_pipeline.checker import check_schedule
+from camshaft_pipeline.drawing import svg, text, trace
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.replay import Times
+from camshaft_pipeline.schedule import Schedule
+from camshaft_pipeline.schedules import FAMILIES, make
+from camshaft_pipeline.simulator import simulate
 
 
 def arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ apart), so that state dicts need no conversion.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from camshaft.models.config import ModelConfig
 from camshaft.models.layers import Block, Embedding, Linear, RMSNorm, RotaryEmbedding, document_mask
 from camshaft.models.parallel import llama_plan
 from camshaft.models.roles import roles
+from camshaft.models.stages import LLAMA, Span
 
 if TYPE_CHECKING:
     from camshaft.data.loader import Batch
@@ -35,15 +36,30 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, document: Tensor | None) -> Tensor:
-        """Hidden states [b, s, hidden_size]; arguments as in ``Batch``, each [b, s]."""
-        hidden: Tensor = self.embed_tokens(tokens)
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        document: Tensor | None,
+        hidden: Tensor | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """Hidden states [b, s, hidden_size]; arguments as in ``Batch``, each [b, s].
+
+        With ``span`` only those layers run, from ``hidden``, and the norm only behind the last.
+        """
+        if hidden is None:
+            hidden = self.embed_tokens(tokens)
         rope = self.rotary_emb(positions, torch.promote_types(hidden.dtype, torch.float32))
         mask = None if document is None else document_mask(document)
-        for layer in self.layers:
+        for layer in self.layers if span is None else self._layers(span):
             hidden = layer(hidden, rope, mask)
-        normed: Tensor = self.norm(hidden)
+        normed: Tensor = hidden if span is not None and not span.last else self.norm(hidden)
         return normed
+
+    def _layers(self, span: Span) -> Iterator[nn.Module]:
+        """By name: where layers of other stages were removed, positions in the list say nothing."""
+        return (self.layers.get_submodule(str(index)) for index in range(span.begin, span.end))
 
 
 def widen(logits: Tensor) -> Tensor:
@@ -66,9 +82,12 @@ class Llama(nn.Module):
     ``lm_head.weight`` is the same parameter as ``model.embed_tokens.weight``, and state dicts hold it once.
     """
 
+    pipeline = LLAMA
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.spans: dict[int, Span] = {}
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, config.initializer_range)
         self.loss = TokenLoss()
@@ -78,8 +97,14 @@ class Llama(nn.Module):
             self.register_load_state_dict_pre_hook(_restore_tied)  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of the token losses of a microbatch: a scalar, fp32 (fp64 in an fp64 model)."""
-        hidden = self.model(batch.tokens, batch.positions, batch.document)
+        """Sum of the token losses of a microbatch: a scalar, fp32 (fp64 in an fp64 model).
+
+        Of a stage that is not the last: the hidden states [b, s, hidden_size] that it ends with.
+        """
+        span = None if batch.stage is None else self.spans[batch.stage]
+        hidden: Tensor = self.model(batch.tokens, batch.positions, batch.document, batch.hidden, span)
+        if span is not None and not span.last:
+            return hidden
         loss: Tensor = self.loss(self.lm_head(hidden), batch.labels)
         return loss
 

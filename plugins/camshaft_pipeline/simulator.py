@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from camshaft.program import COMPUTE, Action
-from tools.schedules.checker import live_activations
-from tools.schedules.replay import SENDS, Times, replay
-from tools.schedules.schedule import Schedule, message
+from camshaft_pipeline.checker import live_activations
+from camshaft_pipeline.replay import SENDS, Times, replay
+from camshaft_pipeline.schedule import Schedule, message
 
 
 class Span(NamedTuple):

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from camshaft.program import CLOSING, Action, Kind
-from tools.schedules.checker import check_work
-from tools.schedules.replay import B, F, I, replay
-from tools.schedules.schedule import Message, Program, Schedule, without_transfers
+from camshaft_pipeline.checker import check_work
+from camshaft_pipeline.replay import B, F, I, replay
+from camshaft_pipeline.schedule import Message, Program, Schedule, without_transfers
 
 Event = tuple[float, int, tuple[int, ...] | Message, Action]
 

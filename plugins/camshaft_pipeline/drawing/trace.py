@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tools.schedules.drawing import Measured, rows
-from tools.schedules.simulator import Span, Timeline
+from camshaft_pipeline.drawing import Measured, rows
+from camshaft_pipeline.simulator import Span, Timeline
 
 Event = dict[str, Any]
 

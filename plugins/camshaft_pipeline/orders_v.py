@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from camshaft.program import Action, Kind
-from tools.schedules.replay import F, I, W
+from camshaft_pipeline.replay import F, I, W
 
 Pattern = tuple[int, str]
 

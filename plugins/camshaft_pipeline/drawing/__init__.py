@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from camshaft.program import COMPUTE, Action, Kind
-from tools.schedules.errors import ScheduleError
-from tools.schedules.simulator import Span, Timeline
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.simulator import Span, Timeline
 
 Measured = Iterable[tuple[int, Action, float, float]]
 """(rank, action, start, end) of what ran, on any clock with the simulation's unit; transfers are left out."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 
 from camshaft.program import Kind
-from tools.schedules.drawing import Measured, Row, headline, kinds, length, rows
-from tools.schedules.simulator import Span, Timeline
+from camshaft_pipeline.drawing import Measured, Row, headline, kinds, length, rows
+from camshaft_pipeline.simulator import Span, Timeline
 
 COLORS = {Kind.F: "#4c78a8", Kind.B: "#59a14f", Kind.I: "#76b7b2", Kind.W: "#edc948"}
 _HEAD, _ROW, _MARGIN, _LETTER = 24, 20, 90, 6.2

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 from camshaft.program import Action
-from tools.schedules.drawing import Measured, Row, headline, kinds, length, rows
-from tools.schedules.simulator import Timeline
+from camshaft_pipeline.drawing import Measured, Row, headline, kinds, length, rows
+from camshaft_pipeline.simulator import Timeline
 
 Naming = Callable[[Action], str]
 Placed = tuple[Action, int, int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from camshaft.program import Action
-from tools.schedules.replay import B, F, I, W
+from camshaft_pipeline.replay import B, F, I, W
 
 
 def breadth_first(rank: int, ranks: int, microbatches: int, v: int) -> list[Action]:

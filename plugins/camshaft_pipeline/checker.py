@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from camshaft.program import CLOSING, COMPUTE, TRANSFERS, Action, Kind
-from tools.schedules.errors import ScheduleError
-from tools.schedules.replay import RECVS, SENDS, B, F, I, W, replay
-from tools.schedules.schedule import Program, Schedule, message
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.replay import RECVS, SENDS, B, F, I, W, replay
+from camshaft_pipeline.schedule import Program, Schedule, message
 
 Places = dict[Action, int]
 Link = tuple[int, int]

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from camshaft.program import COMPUTE, TRANSFERS, Action
-from tools.schedules.errors import ScheduleError
-from tools.schedules.schedule import Message, Program, message
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.schedule import Message, Program, message
 
 F, B, I, W = COMPUTE  # noqa: E741  the schedules' own letters
 SEND_F, RECV_F, SEND_B, RECV_B = TRANSFERS

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from camshaft.program import Action
-from tools.schedules import orders, orders_v
-from tools.schedules.errors import ScheduleError
-from tools.schedules.schedule import Schedule, loop_placement, v_placement
-from tools.schedules.transfers import complete
+from camshaft_pipeline import orders, orders_v
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.schedule import Schedule, loop_placement, v_placement
+from camshaft_pipeline.transfers import complete
 
 Order = Callable[[int, int, int, int], list[Action]]
 Peak = Callable[[int, int, int, int], int]

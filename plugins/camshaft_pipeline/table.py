@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 
 from camshaft.program import CLOSING, TRANSFERS, Action, Kind
-from tools.schedules.errors import ScheduleError
-from tools.schedules.schedule import Schedule
-from tools.schedules.transfers import complete
+from camshaft_pipeline.errors import ScheduleError
+from camshaft_pipeline.schedule import Schedule
+from camshaft_pipeline.transfers import complete
 
 _STAGE_FIRST = re.compile(r"(?P<stage>\d+)(?P<kind>[FBIW])(?P<microbatch>\d+)", re.ASCII)
 
