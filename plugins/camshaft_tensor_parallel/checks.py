@@ -28,7 +28,8 @@ def problems(options: Any, context: PlanContext, name: str) -> Iterator[Problem]
         yield Problem(
             f"samples of {length} tokens cannot be divided over {degree} ranks",
             key="data.sequence_length",
-            fix=f"set it to a multiple of {degree} such as {length + -length % degree}, or {key}.sequence_parallel=false",
+            fix=f"set it to a multiple of {degree} such as {length + -length % degree}, or set "
+            f"{key}.sequence_parallel=false",
         )
     if options.overlap and not options.sequence_parallel:
         yield Problem(
@@ -66,7 +67,8 @@ def _heads(context: PlanContext, degree: int) -> Iterator[Problem]:
         yield Problem(
             f"{keys} key/value heads can neither be divided over {degree} ranks nor shared by them evenly",
             key=KEY,
-            fix=f"set it to a divisor or a multiple of {keys} that divides {heads}, or change model.num_key_value_heads",
+            fix=f"set it to a divisor or a multiple of {keys} that divides {heads}, or change "
+            "model.num_key_value_heads",
         )
 
 

@@ -5,13 +5,19 @@ the activations: norms on tokens of their own, and key/value heads that several 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from camshaft.comm import Channel
 from camshaft.parts import Parts
+
+if TYPE_CHECKING:
+    from camshaft.state import World
 
 
 class Copies:
@@ -53,3 +59,26 @@ class Copies:
             for piece, stretch in part.slices(part.tensor.grad)
             if piece.name in self._starts
         ]
+
+
+def sharers(world: World, count: int, plugin: str) -> Channel:
+    """The channel to ranks with the same copies, ``count`` of them along ``tp``, and to those with other pieces of them
+    along data axes. All ranks call this.
+    """
+    shape, own = world.mesh.shape, world.mesh.place
+    data = () if world.parts.channel is None else tuple(world.parts.channel.axis.split("+"))
+    axis = shape.joined(*data, "tp")
+    if count == world.mesh.degree("tp"):
+        channel = world.mesh.channel(plugin, axis)
+        assert channel is not None
+        return channel
+    free = set(axis.split("+"))
+
+    def together(place: Mapping[str, int]) -> bool:
+        same = all(place[each.name] == own[each.name] for each in shape.axes if each.name not in free)
+        return same and place["tp"] // count == own["tp"] // count
+
+    ranks = [rank for rank in range(shape.world_size) if together(shape.coordinates(rank))]
+    timeout = timedelta(seconds=world.recipe.launch.group_timeout_s)
+    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    return Channel(group, plugin, axis, timeout)

@@ -22,8 +22,7 @@ def box(name: str, shape: tuple[int, ...], plan: StylePlan, degree: int, rank: i
     Raises:
         RecipeError: it cannot be divided so, with what would do.
     """
-    module, _, leaf = name.rpartition(".")
-    style = plan.style(module)
+    style = plan.style(name.rpartition(".")[0])
     offset = [0] * len(shape)
     if style is None or style.kind not in DIVIDED or (style.kind == "row" and len(shape) < 2):
         return Box(shape, tuple(offset), degree), shape

@@ -1,94 +1,125 @@
-"""Modules of a plan get forwards that exchange what their style says. Children stay modules that are called, so that
-what other plugins put on them (gathering of parameters, deferred products) still runs.
+"""What modules of a plan exchange, put on them as hooks, or as a forward of their own.
+
+Layers stay layers: they are called, with their own forward wherever that will do, so that what other plugins do with
+them (gather parameters, put products off) works here as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from camshaft_tensor_parallel.dropout import on_features, on_tokens
 from camshaft_tensor_parallel.line import Line
 from camshaft_tensor_parallel.styles import Style
-from camshaft_tensor_parallel.vocabulary import Range, cross_entropy, look_up
+from camshaft_tensor_parallel.vocabulary import Range, cross_entropy
 
-Forward = Callable[..., Any]
-
-
-def install(modules: dict[str, tuple[nn.Module, Style]], line: Line) -> list[nn.Module]:
-    """Give each module the forward of its style; parameters still have their whole shapes. Returns those changed."""
-    heads = [module for module, style in modules.values() if style.kind == "logits"]
-    changed = []
-    for module, style in modules.values():
-        forward = _forward(module, style, line, heads)
-        if forward is not None:
-            module.forward = forward
-            changed.append(module)
-    return changed
+Styled = Mapping[str, tuple[nn.Module, Style]]
 
 
-def uninstall(modules: list[nn.Module]) -> None:
-    """Give the modules the forward of their class back."""
-    for module in modules:
-        module.__dict__.pop("forward", None)
+class Installed:
+    """Hooks and forwards on modules, to be taken off again."""
 
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self._handles: list[RemovableHandle] = []
+        self._changed: list[nn.Module] = []
 
-def _forward(module: nn.Module, style: Style, line: Line, heads: list[nn.Module]) -> Forward | None:
-    match style.kind:
-        case "region" | "logits":
-            return _region(module, line)
-        case "row":
-            return _row(module, line)
-        case "embedding":
-            return _embedding(module, line)
-        case "loss":
-            return _loss(line, Range.of(heads[0].out_features, line)) if heads else None
-    return None
+    def install(self, modules: Styled) -> None:
+        """Give each module what its style says; parameters still have their whole shapes."""
+        sizes = [_vocabulary(module) for module, style in modules.values() if style.kind == "logits"]
+        for module, style in modules.values():
+            match style.kind:
+                case "region":
+                    self._region(module)
+                case "logits":
+                    self._handles.append(module.register_forward_pre_hook(self._enter))
+                case "row":
+                    self._row(module)
+                case "embedding":
+                    self._embedding(module)
+                case "loss":
+                    self._loss(module, Range.of(sizes[0], self.line))
 
+    def drop_out(self, module: nn.Module, *, features: bool) -> None:
+        """Let a dropout draw what one process draws: ``features``, for this rank's features, else for its tokens."""
+        self._replace(module, (on_features if features else on_tokens)(module, self.line))
 
-def _region(module: nn.Module, line: Line) -> Forward:
-    inner = module.forward
+    def close(self) -> None:
+        """Take everything off."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._changed:
+            vars(module).pop("forward", None)
+        self._handles, self._changed = [], []
 
-    def forward(hidden: Tensor, *rest: Any, **named: Any) -> Any:
-        return inner(line.enter(hidden), *rest, **named)
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self._changed.append(module)
 
-    return forward
+    def _enter(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self.line.enter(arguments[0]), *arguments[1:]
 
+    def _leave(self, _: nn.Module, __: Any, partial: Tensor) -> Tensor:
+        return self.line.leave(partial)
 
-def _row(module: nn.Module, line: Line) -> Forward:
-    if getattr(module, "bias", None) is None:
-        inner = module.forward
+    def _region(self, module: nn.Module) -> None:
+        inner, enter = module.forward, self.line.enter
+
+        def forward(hidden: Tensor, *rest: Any, **named: Any) -> Any:
+            return inner(enter(hidden), *rest, **named)
+
+        self._replace(module, forward)
+
+    def _row(self, module: nn.Module) -> None:
+        if getattr(module, "bias", None) is None:
+            self._handles.append(module.register_forward_hook(self._leave))
+            return
+        row: Any = module
 
         def forward(features: Tensor) -> Tensor:
-            return line.leave(inner(features))
+            summed = self.line.leave(F.linear(features, row.weight))
+            bias: Tensor = row.bias
+            return summed + bias.to(summed.dtype)
 
-        return forward
+        self._replace(module, forward)
 
-    def biased(features: Tensor) -> Tensor:
-        summed = line.leave(F.linear(features, module.weight))
-        return summed + module.bias.to(summed.dtype)
+    def _embedding(self, table: Any) -> None:
+        """The table stays an ordinary one, of this rank's rows; what other ranks have is filled with zeros."""
+        own, line = Range.of(table.num_embeddings, self.line), self.line
+        away = torch.empty(0)
 
-    return biased
+        def before(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal away
+            line.see(arguments[0])
+            places, away = own.places(arguments[0])
+            return (places,)
+
+        def after(_: nn.Module, __: Any, found: Tensor) -> Tensor:
+            return line.leave(found.masked_fill(away.unsqueeze(-1), 0.0))
+
+        if table.padding_idx is not None:
+            inside = own.start <= table.padding_idx < own.stop
+            table.padding_idx = table.padding_idx - own.start if inside else None
+        self._handles.append(table.register_forward_pre_hook(before))
+        self._handles.append(table.register_forward_hook(after))
+
+    def _loss(self, module: nn.Module, own: Range) -> None:
+        def forward(logits: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(logits, labels, own, self.line)
+
+        self._replace(module, forward)
 
 
-def _embedding(module: nn.Module, line: Line) -> Forward:
-    own = Range.of(module.num_embeddings, line)
-
-    def forward(tokens: Tensor) -> Tensor:
-        line.see(tokens)
-        return look_up(tokens, module.weight, own, line, module.padding_idx)
-
-    return forward
-
-
-def _loss(line: Line, own: Range) -> Forward:
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, own, line)
-
-    return forward
+def _vocabulary(head: Any) -> int:
+    """Rows of an output projection that is not divided yet; it may have no weight yet where a pipeline ties it."""
+    size: int = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+    return size
 
 
 @torch.no_grad()

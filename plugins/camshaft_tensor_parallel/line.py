@@ -83,7 +83,7 @@ class _Enter(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         fresh = gradient.clone(memory_format=torch.contiguous_format)  # others may hold the gradient too
         return ctx.line.all_reduce(fresh, "backward"), None
 
@@ -95,7 +95,7 @@ class _Leave(torch.autograd.Function):
         return line.all_reduce(partial, "forward")
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -106,7 +106,7 @@ class _Gather(torch.autograd.Function):
         return line.gather(shard, "forward")
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.line.scatter(gradient, "backward"), None
 
 
@@ -117,5 +117,5 @@ class _Scatter(torch.autograd.Function):
         return line.scatter(partial, "forward")
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.line.gather(gradient, "backward"), None

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from camshaft_tensor_parallel.division import bounds
@@ -41,15 +40,6 @@ class Range(NamedTuple):
         return (tokens - self.start).masked_fill_(away, 0), away
 
 
-def look_up(tokens: Tensor, table: Tensor, own: Range, line: Line, padding: int | None) -> Tensor:
-    """Rows of the whole table for ``tokens`` [b, s], of which this rank has ``table``: as a region leaves them."""
-    places, away = own.places(tokens)
-    if padding is not None:
-        padding = padding - own.start if own.start <= padding < own.stop else None
-    found = F.embedding(places, table, padding)
-    return line.leave(found.masked_fill_(away.unsqueeze(-1), 0.0))
-
-
 def cross_entropy(logits: Tensor, labels: Tensor, own: Range, line: Line) -> Tensor:
     """Sum of the tokens' cross-entropies, a scalar in fp32 or wider, equal on all ranks.
 
@@ -81,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (totals.log() - picked).masked_fill_(ignored, 0.0).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         weights, places, away, ignored = ctx.saved_tensors
         scale = gradient.expand(ignored.shape).masked_fill(ignored, 0.0)
         made = weights * scale.unsqueeze(-1)
