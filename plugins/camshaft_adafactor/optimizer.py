@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,12 +69,11 @@ class Adafactor(Optimizer):
         """Bound the root mean square of each parameter's update, and make it a part of the weights'."""
         if self._sums is None:
             return
-        pieces = [(part, piece) for part in updates for piece in part.pieces]
         updated, weights = self._sums(updates, {part: part.tensor for part in updates})
-        if not pieces:
-            return
         columns = self._sums.columns(updates)
-        sizes = torch.tensor([prod(piece.shape) for _, piece in pieces], dtype=torch.float64, device=columns.device)
+        if not len(columns):
+            return
+        sizes = self._sums.sizes[columns]
         factors = torch.ones_like(sizes)
         if self._options.clip_threshold is not None:
             factors /= ((updated[columns] / sizes).sqrt() / self._options.clip_threshold).clamp(min=1.0)
