@@ -9,3 +9,18 @@ def test_1f1b(make_recipe, tied):
     model = {"tie_word_embeddings": tied}
     wanted = runs.reference(runs.recipe(make_recipe, 1, model=model))
     runs.assert_equal(runs.recipe(make_recipe, 2, {}, model=model), 2, wanted)
+
+
+SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe_v"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_schedule(make_recipe, schedule, world_size):
+    """Nine layers over 2, 4 or 8 stages: never even. Odd schedules train with AdamW, the others with SGD."""
+    model = {"num_hidden_layers": 9}
+    name = ["adamw", "sgd"][SCHEDULES.index(schedule) % 2]
+    optimizer, build = runs.OPTIMIZERS[name]
+    wanted = runs.reference(runs.recipe(make_recipe, 1, model=model, optimizer=optimizer), build)
+    chosen = runs.recipe(make_recipe, world_size, {"schedule": schedule}, model=model, optimizer=optimizer)
+    runs.assert_equal(chosen, world_size, wanted)
