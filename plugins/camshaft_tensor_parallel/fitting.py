@@ -50,7 +50,7 @@ def check(plan: StylePlan, model: nn.Module, world: World, plugin: str, *, seque
         for glob in _idle(plan, modules, world, plugin)
     ]
     problems += _without_style(plan, modules)
-    problems += _incomplete(plan, modules, whole=not world.stages, sequence=sequence)
+    problems += _incomplete(plan, modules, world, sequence=sequence)
     if problems:
         raise RecipeError(problems)
 
@@ -80,17 +80,20 @@ def _without_style(plan: StylePlan, modules: Mapping[str, nn.Module]) -> Iterato
             )
 
 
-def _incomplete(plan: StylePlan, modules: Mapping[str, nn.Module], *, whole: bool, sequence: bool) -> Iterator[Problem]:
+def _incomplete(
+    plan: StylePlan, modules: Mapping[str, nn.Module], world: World, *, sequence: bool
+) -> Iterator[Problem]:
     styles = [style for style in map(plan.style, modules) if style is not None]
     kinds = {style.kind for style in styles}
-    if ("logits" in kinds) != ("loss" in kinds):
+    # A rank of a pipeline without the last stage keeps the loss, which it does not call, and not the projection.
+    if world.makes_loss and ("logits" in kinds) != ("loss" in kinds):
         has, lacks = ("logits", "loss") if "logits" in kinds else ("loss", "logits")
         yield Problem(
             f"a module has the style {has}, and none has {lacks}: a loss of logits that are divided has to know it",
             key=plan.key,
             fix=f"give the module with the {'cross-entropy' if lacks == 'loss' else 'output projection'} that style",
         )
-    missing = [kind for kind in NEEDED if kind not in kinds] if whole and sequence else []
+    missing = [kind for kind in NEEDED if kind not in kinds] if sequence and not world.stages else []
     if missing:
         yield Problem(
             f"sequence_parallel divides tokens from the embedding to the loss, and no module has the style "

@@ -43,7 +43,7 @@ class Installed:
                     self._row(module)
                 case "embedding":
                     self._embedding(module)
-                case "loss":
+                case "loss" if sizes:  # a rank of a pipeline that makes no loss has no logits
                     self._loss(module, Range.of(sizes[0], self.line))
 
     def drop_out(self, module: nn.Module, *, features: bool) -> None:
