@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,13 @@ def markdown(results: dict[str, Any]) -> str:
     if "sharded_overhead" in results:
         parts += sharded_overhead_table(results["sharded_overhead"])
     if "sharded" in results:
-        parts += sharded_tables(results["sharded"])
+        parts += race_tables("Sharded data parallel: 2 ranks, one thread each, bf16 by autocast", results["sharded"])
+    if "tensor" in results:
+        parts += race_tables("Tensor parallel: 2 ranks, one thread each, fp32", results["tensor"])
+    if "pipeline" in results:
+        parts += race_tables("Pipelines: 2 and 4 ranks, one thread each, fp32", results["pipeline"])
+    if "pipeline_sleep" in results:
+        parts += sleep_table(results["pipeline_sleep"])
     return "\n".join(parts)
 
 
@@ -79,10 +85,10 @@ def sharded_overhead_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def sharded_tables(results: dict[str, Any]) -> list[str]:
+def race_tables(title: str, results: dict[str, Any]) -> list[str]:
     """Contestants, then targets."""
     return [
-        "## Sharded data parallel: 2 ranks, one thread each, bf16 by autocast",
+        f"## {title}",
         "",
         "| case | contestant | ms a step | tokens/s | peak of tensors, MiB | growth of the process, MiB |",
         "|---|---|---|---|---|---|",
@@ -103,26 +109,61 @@ def sharded_tables(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def sleep_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One row a schedule and size."""
+    return [
+        "## Pipelines of stages that sleep: a measured step over the simulated one",
+        "",
+        "| schedule | ranks | microbatches | simulated, ms | Camshaft | torch | |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['schedule']} | {row['ranks']} | {row['microbatches']} | {row['simulated_ms']:.0f} "
+            f"| {row['ours']:.4f} | {'' if row['torch'] is None else format(row['torch'], '.4f')} "
+            f"| {'met' if row['met'] else 'missed'} |"
+            for row in rows
+        ),
+        "",
+    ]
+
+
+def check_contestants(chosen: Sequence[str]) -> None:
+    """Refuse names that no benchmark knows, which would leave all of its contestants out.
+
+    Raises:
+        SystemExit: there is none of a name.
+    """
+    from tools.bench import pipeline, sharded, tensor
+
+    known = dict.fromkeys([*sharded.ALONE, *sharded.TOGETHER, *tensor.ENTRIES, *pipeline.CONTESTANTS])
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise SystemExit(f"no contestant {unknown}; there are: {', '.join(known)}")
+
+
 def main() -> None:
     """Run what was asked for."""
-    names = ["overhead", "data_parallel", "sharded", "sharded_overhead"]
+    names = ["overhead", "data_parallel", "sharded", "sharded_overhead", "tensor", "pipeline", "pipeline_sleep"]
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("which", nargs="*", choices=[*names, []], default=[], metavar="NAME", help=", ".join(names))
     parser.add_argument("--blocks", type=int, help="timed blocks of each contestant")
     parser.add_argument("--case", action="append", default=[], help="only this case; may be repeated")
     parser.add_argument(
-        "--contestant", action="append", default=[], help="of the sharded ones, only this contestant; may be repeated"
+        "--contestant", action="append", default=[], help="of those that divide, only this contestant; may be repeated"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of bench.json and bench.md")
     chosen = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "9"}  # one thread; the profiler keeps quiet
-    from tools.bench import data_parallel, overhead, sharded
+    check_contestants(chosen.contestant)
+    from tools.bench import data_parallel, overhead, pipeline, pipeline_sleep, sharded, tensor
 
     benchmarks: dict[str, Callable[[], Any]] = {
         "overhead": lambda: overhead.run(chosen.blocks, chosen.case),
         "data_parallel": lambda: data_parallel.run(chosen.blocks, chosen.case),
         "sharded": lambda: sharded.run(chosen.blocks, chosen.case, chosen.contestant),
         "sharded_overhead": lambda: sharded.run_overhead(chosen.blocks, chosen.case, chosen.contestant),
+        "tensor": lambda: tensor.run(chosen.blocks, chosen.case, chosen.contestant),
+        "pipeline": lambda: pipeline.run(chosen.blocks, chosen.case, chosen.contestant),
+        "pipeline_sleep": lambda: pipeline_sleep.run(chosen.blocks, chosen.case),
     }
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen.which or names:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from camshaft.distributed import Environment
 from camshaft.loop import Trainer, session
 from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
+from camshaft.plugin import Plugin
 from camshaft.recipe import Resolved, check, load
 from camshaft.rundir import RunDirectory
 
@@ -44,11 +46,19 @@ class Case:
     """Blocks of each contestant."""
 
 
-def recipe_of(case: Case, world_size: int, folder: Path, data_parallel: dict[str, Any] | None = None) -> Resolved:
-    """Write and load the recipe of a case; ``data_parallel`` holds the plugin of that family and its options.
+def recipe_of(
+    case: Case,
+    world_size: int,
+    folder: Path,
+    divided_by: dict[str, Any] | None = None,
+    parallel: dict[str, int] | None = None,
+) -> Resolved:
+    """Write and load the recipe of a case; ``divided_by`` holds the plugin that uses the ranks, and its options.
 
-    Rows are packed without masks, so every window has the same weight.
+    ``parallel`` are degrees of axes beside the data axis. Rows are packed without masks, so every window has the same
+    weight.
     """
+    data_ranks = world_size // math.prod((parallel or {}).values())
     tree = {
         "schema_version": 1,
         "name": case.name,
@@ -57,13 +67,14 @@ def recipe_of(case: Case, world_size: int, folder: Path, data_parallel: dict[str
         "data": {"train": "python-docs", "sequence_length": case.sequence_length, "document_mask": False},
         "batch": {
             "micro_batch_size": case.micro_batch_size,
-            "global_batch_size": case.micro_batch_size * case.accumulation * world_size,
+            "global_batch_size": case.micro_batch_size * case.accumulation * data_ranks,
         },
         "training": {"max_steps": 1_000_000, "log_every": 1_000_000},
+        "parallel": parallel or {},
         "launch": {"device": "cpu", "threads_per_rank": 1},
         "run": {"dir": str(folder / "run")},
         "plugins": {
-            **(data_parallel or {"ddp": {"bucket_size_mb": BUCKET_MB}}),
+            **(divided_by or {"ddp": {"bucket_size_mb": BUCKET_MB}}),
             "adamw": ADAMW,
             "clip": {"max_norm": MAX_NORM},
             "precision": {"compute": case.compute},
@@ -75,10 +86,12 @@ def recipe_of(case: Case, world_size: int, folder: Path, data_parallel: dict[str
 
 
 @contextmanager
-def engine(resolved: Resolved, rank: int, world_size: int) -> Iterator[Trainer]:
-    """The engine, built and ready to step."""
+def engine(
+    resolved: Resolved, rank: int, world_size: int, observers: Mapping[str, Plugin] | None = None
+) -> Iterator[Trainer]:
+    """The engine, built and ready to step; ``observers`` are plugins beside the recipe's."""
     environment = Environment(rank, rank, world_size, world_size, "torchrun" if world_size > 1 else "none")
-    with session(resolved, environment, RunDirectory(resolved.recipe.run.dir or "")) as trainer:
+    with session(resolved, environment, RunDirectory(resolved.recipe.run.dir or ""), observers) as trainer:
         yield trainer
 
 
@@ -108,9 +121,10 @@ def plain_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
 def plain_loader(resolved: Resolved, rank: int, world_size: int) -> Loader:
     """The samples that the engine gives ``rank``, without the engine."""
     checked = check(resolved, world_size).require()
-    assert checked.batch is not None
+    assert checked.batch is not None and checked.mesh is not None
+    index, degree = checked.mesh.batch_index(rank), checked.mesh.batch_degree
     data = prepare(resolved).train
-    loader = Loader(data, checked.batch, index=rank, degree=world_size, seed=resolved.recipe.seed, stop=None)
+    loader = Loader(data, checked.batch, index=index, degree=degree, seed=resolved.recipe.seed, stop=None)
     loader.seek(0)
     return loader
 
@@ -131,7 +145,10 @@ def twin_loader(trainer: Trainer) -> Loader:
 
 
 def engine_steps(trainer: Trainer, count: int) -> float:
-    """Run ``count`` windows as the loop does; returns the last loss of this rank (its sum over its weight)."""
+    """Run ``count`` windows as the loop does; returns the last loss of this rank (its sum over its weight).
+
+    0 on a rank of a pipeline that makes no loss.
+    """
     state = trainer.state
     for _ in range(count):
         state.window = state.loader.next()
@@ -139,8 +156,8 @@ def engine_steps(trainer: Trainer, count: int) -> float:
         trainer.stepper.post_step(state)
         assert isinstance(state.window, Window)
         trainer.meter.count(state.window.tokens)
-    assert state.loss is not None and state.window is not None
-    return float(state.loss) / state.window.weight
+    assert state.window is not None and (state.loss is not None or not state.world.makes_loss)
+    return 0.0 if state.loss is None else float(state.loss) / state.window.weight
 
 
 def median_ratio(times: list[float], base: list[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,10 @@ class Entry:
     """One contestant."""
 
     build: Build
-    data_parallel: dict[str, Any] | None = None
+    divided_by: dict[str, Any] | None = None
     group: bool = True
     """Whether it wants a process group with one rank too."""
+    parallel: dict[str, int] | None = None
 
 
 def _zero(**options: Any) -> Entry:
@@ -63,7 +64,9 @@ BARE = "bare loop"
 ALONE = {BARE: Entry(peers.Bare, group=False), **OURS} | {k: v for k, v in PEERS.items() if "bf16" not in k}
 TOGETHER = {**OURS, **PEERS}
 
-SPEED_TARGETS: tuple[tuple[str, str, float], ...] = (
+Target = tuple[str, str, float]
+"""(ours, peer, our speed over its, at least). Peak memory: not above the same peer's."""
+SPEED_TARGETS: tuple[Target, ...] = (
     ("zero 1", "DDP", 1.0),
     ("zero 1", "ZeroRedundancyOptimizer", 1.0),
     ("zero 2", "fully_shard, keeping", 1.1),
@@ -73,27 +76,19 @@ SPEED_TARGETS: tuple[tuple[str, str, float], ...] = (
     ("zero 2", "DeepSpeed 2", 1.2),
     ("zero 3", "DeepSpeed 3", 1.2),
 )
-"""(ours, peer, our speed over its, at least). Peak memory: not above the same peer's."""
 OVERHEAD_TARGETS_US = {"zero 1": 0.0, "zero 2": 0.0, "zero 3": 1000.0}
 """Added to a step of the bare loop, at most."""
 
 
-def chosen(entries: Mapping[str, Entry], names: Sequence[str], always: Sequence[str] = ()) -> dict[str, Entry]:
-    """The contestants of these names, or all.
-
-    Raises:
-        SystemExit: there is none of a name.
-    """
-    unknown = [name for name in names if name not in TOGETHER and name not in ALONE]
-    if unknown:
-        raise SystemExit(f"no contestant {unknown}; there are: {', '.join([*ALONE, *TOGETHER])}")
+def only(entries: Mapping[str, Entry], names: Sequence[str], always: Sequence[str] = ()) -> dict[str, Entry]:
+    """The contestants of these names, or all; those of ``always`` too."""
     return {name: entry for name, entry in entries.items() if not names or name in names or name in always}
 
 
 def jobs(entry: Entry, case: Case, world_size: int, folder: Path) -> list[Job]:
     """One job a rank, over a recipe and a run directory of the contestant's own."""
     folder.mkdir()
-    resolved = recipe_of(case, world_size, folder, entry.data_parallel)
+    resolved = recipe_of(case, world_size, folder, entry.divided_by, entry.parallel)
     prepare(resolved)
     return [Job(resolved, case, rank, world_size) for rank in range(world_size)]
 
@@ -106,11 +101,13 @@ def race(case: Case, entries: Mapping[str, Entry], world_size: int, blocks: int)
     """
     with scratch() as folder, ExitStack() as stack:
         runners: dict[str, Ranks] = {}
+        tokens: dict[str, int] = {}
         for index, (name, entry) in enumerate(entries.items()):
             work = jobs(entry, case, world_size, folder / str(index))
             ranks = stack.enter_context(alive(name, work, entry.build, entry.group or world_size > 1))
             ranks.ask("build")
             runners[name] = ranks
+            tokens[name] = work[0].resolved.recipe.batch.global_batch_size * case.sequence_length
         found = _rounds(runners, case.steps, blocks)
         _check_losses({name: measured[0].loss for name, measured in found.items()}, LOSS_GAP[case.compute])
         return {
@@ -118,6 +115,7 @@ def race(case: Case, entries: Mapping[str, Entry], world_size: int, blocks: int)
                 "times": [block.seconds for block in measured[1:]],  # the first warms up
                 "first_loss": measured[0].loss,
                 "last_loss": measured[-1].loss,
+                "tokens": tokens[name],
                 "idle_cpu_ms": 1e3 * statistics.median(block.idle_cpu_s for block in measured[1:]),
                 "resident_mb": max(runners[name].ask("resident")) / 2**20,
             }
@@ -153,35 +151,44 @@ def tensor_peaks(case: Case, entries: Mapping[str, Entry], world_size: int) -> d
 
 def run(blocks: int | None, names: Sequence[str] = (), contestants: Sequence[str] = ()) -> dict[str, Any]:
     """Speed and memory on two ranks, for each case or those of these names."""
-    rows: list[dict[str, Any]] = []
-    targets: list[dict[str, Any]] = []
-    for case in (case for case in CASES if not names or case.name in names):
-        entries = chosen(TOGETHER, contestants)
-        measured = race(case, entries, 2, blocks or case.blocks)
-        peaks = tensor_peaks(case, entries, 2)
-        tokens = 2 * case.micro_batch_size * case.accumulation * case.sequence_length
-        for name, values in measured.items():
-            times = values.pop("times")
-            rows.append(
-                {
-                    "case": case.name,
-                    "contestant": name,
-                    "step_ms": statistics.median(times) * 1e3,
-                    "tokens_per_s": tokens / statistics.median(times),
-                    "tensors_mb": peaks[name],
-                    "blocks": len(times),
-                    "steps_per_block": case.steps,
-                    **values,
-                }
-            )
-        targets += speed_targets(case.name, {row["contestant"]: row for row in rows if row["case"] == case.name})
-    return {"rows": rows, "targets": targets}
+    chosen_cases = [case for case in CASES if not names or case.name in names]
+    return joined(measure(case, only(TOGETHER, contestants), 2, blocks, SPEED_TARGETS) for case in chosen_cases)
 
 
-def speed_targets(case: str, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def joined(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Rows and targets of several cases."""
+    results = list(found)
+    return {key: [row for each in results for row in each[key]] for key in ("rows", "targets")}
+
+
+def measure(
+    case: Case, entries: Mapping[str, Entry], world_size: int, blocks: int | None, wanted: Sequence[Target]
+) -> dict[str, Any]:
+    """Speed and peak memory of every contestant in one case, and which of the targets are met."""
+    measured = race(case, entries, world_size, blocks or case.blocks)
+    peaks = tensor_peaks(case, entries, world_size)
+    rows = [_row(case, name, values, peaks[name]) for name, values in measured.items()]
+    return {"rows": rows, "targets": speed_targets(case.name, {row["contestant"]: row for row in rows}, wanted)}
+
+
+def _row(case: Case, name: str, values: dict[str, Any], peak: float) -> dict[str, Any]:
+    times = values.pop("times")
+    return {
+        "case": case.name,
+        "contestant": name,
+        "step_ms": statistics.median(times) * 1e3,
+        "tokens_per_s": values.pop("tokens") / statistics.median(times),
+        "tensors_mb": peak,
+        "blocks": len(times),
+        "steps_per_block": case.steps,
+        **values,
+    }
+
+
+def speed_targets(case: str, rows: Mapping[str, Mapping[str, Any]], wanted: Sequence[Target]) -> list[dict[str, Any]]:
     """Our speed and peak memory over each peer's, and whether that is enough."""
     found = []
-    for ours, peer, wanted in SPEED_TARGETS:
+    for ours, peer, least in wanted:
         if ours in rows and peer in rows:
             speed = rows[peer]["step_ms"] / rows[ours]["step_ms"]
             memory = rows[ours]["tensors_mb"] / rows[peer]["tensors_mb"]
@@ -191,9 +198,9 @@ def speed_targets(case: str, rows: Mapping[str, Mapping[str, Any]]) -> list[dict
                     "ours": ours,
                     "peer": peer,
                     "speed": speed,
-                    "wanted": wanted,
+                    "wanted": least,
                     "memory": memory,
-                    "met": speed >= wanted and memory <= 1.0,
+                    "met": speed >= least and memory <= 1.0,
                 }
             )
     return found
@@ -205,7 +212,7 @@ def run_overhead(
     """Microseconds that each contestant adds to a step of the bare loop: one rank, a model of almost no work."""
     rows = []
     for case in (case for case in OVERHEAD if not names or case.name in names):
-        measured = race(case, chosen(ALONE, contestants, always=(BARE,)), 1, blocks or case.blocks)
+        measured = race(case, only(ALONE, contestants, always=(BARE,)), 1, blocks or case.blocks)
         base = measured[BARE]["times"]
         rows += [_overhead(case, name, values, base) for name, values in measured.items()]
     return rows
@@ -225,5 +232,5 @@ def _overhead(case: Case, name: str, values: Mapping[str, Any], base: Sequence[f
         "met": None if target is None else over <= target,
         "blocks": len(times),
         "steps_per_block": case.steps,
-        **{key: value for key, value in values.items() if key != "times"},
+        **{key: value for key, value in values.items() if key not in ("times", "tokens")},
     }
