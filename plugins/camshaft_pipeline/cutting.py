@@ -39,9 +39,11 @@ def cut(world: World, model: Module, split: Split, placement: Sequence[int]) -> 
     Names of parameters do not change. Returns all ties of the model, of every rank.
 
     Raises:
-        RecipeError: the model cannot be cut, or not so.
+        RecipeError: the model cannot be cut, or not so, or nothing of it trains.
     """
     pipeline = _protocol(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("every parameter of the model is frozen: there is nothing to train")
     layers = model.get_submodule(pipeline.layers)
     elements = {name: each.numel() for name, each in model.named_parameters(remove_duplicate=False)}
     spans = spans_of(split, *costs_of(elements, len(layers._modules), pipeline), len(placement))
