@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from camshaft.data import prepare
+from camshaft.testing.compare import assert_bit_equal
 from camshaft.testing.reference import plain_run
+from camshaft.testing.run import record_ranks
 
 # The gate of issue 4; the noise of sums in another order is 1e-15.
 EXACT = {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15}
@@ -14,6 +16,7 @@ BOTH = {"dp_shard": "shard", "dp_replicate": "shard"}
 BUCKET = 0.01
 """MiB: several buckets even for a small model."""
 ROWS = {
+    "none": None,
     "ddp": None,
     "zero 1": {"stage": 1, "bucket_size_mb": BUCKET},
     "zero 2": {"stage": 2, "bucket_size_mb": BUCKET},
@@ -39,7 +42,7 @@ def torch_adamw(model):
 def plugins(row, optimizer=None, compute="fp64", max_norm=MAX_NORM, **more):
     """The plugins of a recipe."""
     return {
-        "ddp": {"bucket_size_mb": 0.005} if ROWS[row] is None else None,
+        "ddp": {"bucket_size_mb": 0.005} if row == "ddp" else None,
         **({} if ROWS[row] is None else {"zero": ROWS[row]}),
         **(optimizer or ADAMW),
         "clip": {"max_norm": max_norm},
@@ -67,3 +70,46 @@ def reference(make_recipe, steps, key="", prepare_model=lambda model: None, buil
         assert len(records) == steps and all(record.norm > MAX_NORM for record in records), "clipping is active"
         _references[key, steps] = records
     return _references[key, steps]
+
+
+STEPS = 4
+MODEL = {
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 22,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+AXES = {
+    "tp": {"tensor_parallel": {}},
+    "tp + sp": {"tensor_parallel": {"sequence_parallel": True}},
+    **{name: {"pipeline": {"schedule": name}} for name in ("1f1b", "interleaved_1f1b", "zb_h1", "zbv")},
+}
+
+
+def parallel(axis, row, data):
+    """The recipe's section."""
+    section = {"tensor_parallel": 2} if axis.startswith("tp") else {"pipeline_parallel": 2}
+    if row.startswith("hybrid"):
+        section["data_parallel_shard"] = data // 2
+    return section
+
+
+def run(make_recipe, row, axis, data=2, accumulation=3, observers=None, **more):
+    """Records of a run on ``data`` data ranks times two along ``axis``, equal on all ranks in every bit."""
+    resolved = make_recipe(
+        plugins(row, **AXES[axis], **more),
+        2 * data,
+        model=MODEL,
+        batch={"micro_batch_size": 12 // (accumulation * data), "global_batch_size": 12},
+        training=training(STEPS),
+        parallel=parallel(axis, row, data),
+    )
+    records = record_ranks(resolved, 2 * data, observers, timeout_s=100)
+    for other in records[1:]:
+        assert_bit_equal(records[0], other)
+    return records[0]

@@ -23,8 +23,8 @@ def run(make_recipe, row, ranks, seed, split, variant, shared=True, **more):
 
 
 CASES = [
-    *((row, 2, False, "plain") for row in ROWS if not row.startswith("hybrid")),
-    *((row, 2, True, "picky") for row in ROWS if not row.startswith("hybrid")),
+    *((row, 2, False, "plain") for row in ROWS if row != "none" and not row.startswith("hybrid")),
+    *((row, 2, True, "picky") for row in ROWS if row != "none" and not row.startswith("hybrid")),
     ("ddp", 2, True, "frozen"),
     ("zero 2", 2, True, "frozen"),
     ("zero 3", 2, True, "frozen"),
