@@ -16,8 +16,9 @@ stage 2 (2 M + 1) P, since DeepSpeed reduces after each by all-reduce; stage 3 a
 compare which parameters they used (2 bytes each): DeepSpeed's stages 1 to 3 need them alike.
 
 Claims layout and reduction of gradients on ``dp``; from stage 1 the layout of what the optimizer updates, in stage 3
-that of parameters. Owns the slots ``materialize``, ``step`` and ``release``. The effective configuration of DeepSpeed
-is ``deepspeed.json`` in the run directory. This module imports no torch.
+that of parameters, and this on ``tp`` and ``pp`` always, which it cannot share. Owns the slots ``materialize``,
+``step`` and ``release``. The effective configuration of DeepSpeed is ``deepspeed.json`` in the run directory. This
+module imports no torch.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ class Plugin(camshaft.Plugin):
         resources: list[Resource] = ["gradient.layout", "gradient.reduce"]
         resources += ["optimizer.layout"] if stage >= 1 else []
         resources += ["parameter.layout"] if stage == 3 else []
+        # DeepSpeed divides over all ranks there are: it can share them with nobody.
+        others = (Claim("parameter.layout", axis) for axis in ("tp", "pp"))
         return Plan(
-            claims=tuple(Claim(resource, "dp") for resource in resources),
+            claims=(*(Claim(resource, "dp") for resource in resources), *others),
             requires=("elementwise_optimizer",) if stage else (),
             provides=("reduced_gradients@dp",),
             problems=tuple(problems(self.options, context, f"plugins.{self.name}")),

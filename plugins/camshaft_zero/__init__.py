@@ -18,7 +18,7 @@ for each of what is freed. Sent a rank and window, times (N-1)/N: 2 P; stage 3 w
 what is kept between forward and backward. ``reduce: each`` sends P for each microbatch instead of one.
 
 Claims layout and reduction of gradients and the layout of the optimizer's values on ``dp``, and that of parameters
-where they are divided. This module imports no torch.
+where they are divided; with ``provider: torch`` on ``tp`` and ``pp`` too, which it cannot share. Imports no torch.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ class Plugin(camshaft.Plugin):
         problems += refusals(self.options, placement, context, key)
         if placement.parameters or self.options.provider == "torch":
             resources.append("parameter.layout")
+        claims = [Claim(resource, "dp") for resource in resources]
+        if self.options.provider == "torch":  # it lays out whole parameters, and knows of no other axis
+            claims += [Claim("parameter.layout", axis) for axis in ("tp", "pp")]
         return Plan(
-            claims=tuple(Claim(resource, "dp") for resource in resources),
+            claims=tuple(claims),
             provides=("reduced_gradients@dp", "parameter_sums", "whole_parameters"),
             problems=tuple(problems),
         )

@@ -142,6 +142,12 @@ def _torch_refusals(options: Options, placement: Placement, context: PlanContext
     if not placement.gradients or placement.optimizer_outer:
         message = "provider: torch divides gradients and optimizer, or parameters too, along the axis of shards only"
         found.append(Problem(message, key=f"{key}.provider", fix=f"set {key}.provider=native, or {key}.stage=2 or 3"))
+    for axis in (context.mesh[name] for name in ("tp", "pp")):
+        if axis.degree > 1:
+            message = (
+                f"provider: torch knows of data axes alone, and '{axis.name}' divides the model over {axis.degree}"
+            )
+            found.append(Problem(message, key=f"{key}.provider", fix=f"set {key}.provider=native"))
     for name in ("units", "unit_size_mb", "prefetch", "overlap", "bucket_size_mb"):
         if name in options.model_fields_set:
             found.append(_without("provider: torch decides it", name, key, f"{key}.provider=native"))
