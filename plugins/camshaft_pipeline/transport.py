@@ -155,10 +155,10 @@ class Transport:
 
     def receive_pass(self, stage: int, batch: torch.Size) -> Tensor:
         """In evaluation: wait for what the stage before ``stage`` made."""
-        peer = self._schedule.placement[stage - 1]
-        if (stage, batch) not in self._passes:
-            self._passes[stage, batch] = self.line.ask(peer)
-        tensor = self._passes[stage, batch].empty(self.line.device)
+        peer, made = self._schedule.placement[stage - 1], (stage - 1, batch)  # `stage` has an entry of its own
+        if made not in self._passes:
+            self._passes[made] = self.line.ask(peer)
+        tensor = self._passes[made].empty(self.line.device)
         self.line.channel.recv(tensor, peer, HOOK).wait()
         return tensor
 
