@@ -22,6 +22,7 @@ from camshaft.testing.record import Probe, StepRecord, optimizer_state, weights
 from camshaft.testing.run import Quiet
 
 HALF, END = 3, 6
+FP64 = dict.fromkeys(("weights", "optimizer", "norm", "loss", "gradients"), 1e-12) | {"lr": 1e-15}
 LATE = {"adamw": 2, "sgd": 0, "lion": 2, "lamb": 2, "muon": 2}
 """Step of the first gradient of ``late`` and ``gate``: their count of steps stays behind the others'. torch's fused SGD
 cannot begin with some of its parameters later."""
@@ -80,6 +81,8 @@ class AtLoad(Plugin):
         self.weights: dict[str, Tensor] = {}
         self.optimizer: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
+        self.boxes: dict[str, tuple[slice, ...]] = {}
+        """Which part of the whole each of ``parameters`` is, where axes of the model divide them."""
 
     @hookimpl
     def inert(self) -> None:
@@ -92,6 +95,12 @@ class AtLoad(Plugin):
         if state.world.readable:
             named = state.model.named_parameters()
             self.parameters = {name: parameter.detach().clone() for name, parameter in named}
+            self.boxes = {
+                name: tuple(
+                    slice(at, at + size) for at, size in zip(box.offset, self.parameters[name].shape, strict=True)
+                )
+                for name, box in state.world.boxes.items()
+            }
 
 
 @dataclass(frozen=True)
@@ -157,11 +166,12 @@ def run(
         run={"dir": str(path)},
         **({} if shard is None else {"parallel": {"data_parallel_shard": shard}}),
     )
-    first: Ran = run_ranks(ranks, _rank, resolved, Variant(scalar, LATE[optimizer]), timeout_s=120)[0]
+    first: Ran = run_ranks(ranks, train_rank, resolved, Variant(scalar, LATE[optimizer]), timeout_s=120)[0]
     return first
 
 
-def _rank(rank: int, world_size: int, resolved: Any, variant: Variant) -> Ran:
+def train_rank(rank: int, world_size: int, resolved: Any, variant: Plugin) -> Ran:
+    """One rank of a run; ``variant`` owns ``build_model``."""
     probe, loaded, told = Probe(), AtLoad(), Warnings()
     environment = Environment(rank, rank, world_size, world_size, "torchrun" if world_size > 1 else "none")
     observers = {"variant": variant, "probe": probe, "at_load": loaded}
@@ -196,3 +206,12 @@ def unequal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]
         for name in one.keys() | other.keys()
         if name not in one or name not in other or not torch.equal(one[name], other[name])
     )
+
+
+def check_loaded(ran: Any, saved: Any) -> None:
+    """Weights and optimizer state in every bit; only the steps that were missing were done."""
+    before = saved.records[HALF - 1]
+    assert before.step == HALF
+    assert unequal(ran.loaded.weights, before.weights) == []
+    assert unequal(ran.loaded.optimizer, before.optimizer) == []
+    assert [record.step for record in ran.records] == list(range(HALF + 1, END + 1))

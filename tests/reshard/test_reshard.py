@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from reshard_cases import END, HALF, gap, unequal
+from reshard_cases import FP64, HALF, check_loaded, gap, unequal
 
 from camshaft.testing.compare import assert_bit_equal, assert_within
 
 ROWS = ("plain", "ddp-2", "zero1-2", "zero2-3", "zero3-2", "zero3-4", "hybrid-2x2")
-FP64 = dict.fromkeys(("weights", "optimizer", "norm", "loss", "gradients"), 1e-12) | {"lr": 1e-15}
 MASTERS = {"compute": "bf16", "parameters": "bf16"}
-
-
-def check_loaded(ran: Any, saved: Any) -> None:
-    """Weights and optimizer state in every bit; only the steps that were missing were done."""
-    before = saved.records[HALF - 1]
-    assert before.step == HALF
-    assert unequal(ran.loaded.weights, before.weights) == []
-    assert unequal(ran.loaded.optimizer, before.optimizer) == []
-    assert [record.step for record in ran.records] == list(range(HALF + 1, END + 1))
 
 
 def pairs(*distances: int) -> list[tuple[str, str]]:
