@@ -118,7 +118,7 @@ def sleep_table(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
         *(
             f"| {row['schedule']} | {row['ranks']} | {row['microbatches']} | {row['simulated_ms']:.0f} "
-            f"| {row['ours']:.4f} | {'' if row['torch'] is None else format(row['torch'], '.4f')} "
+            f"| {row['ours']:.4f} | {row['torch']:.4f} "
             f"| {'met' if row['met'] else 'missed'} |"
             for row in rows
         ),

@@ -21,6 +21,17 @@ Span = tuple[int, int]
 """First layer of a stage, and the one after its last."""
 
 
+SCHEDULES: dict[str, tuple[str, bool]] = {
+    "gpipe": ("ScheduleGPipe", False),
+    "1f1b": ("Schedule1F1B", False),
+    "interleaved_1f1b": ("ScheduleInterleaved1F1B", True),
+    "zbv": ("ScheduleZBVZeroBubble", True),
+    "zb_h1": ("ScheduleInterleavedZeroBubble", True),
+    "dualpipe_v": ("ScheduleDualPipeV", True),
+}
+"""Our name to torch's class, and whether it takes several stages a rank."""
+
+
 class Stage(nn.Module):
     """Layers of a decoder, after its table in the first stage, before its last norm and head in the last."""
 
@@ -42,7 +53,7 @@ class Stage(nn.Module):
         return hidden if self.norm is None or self.head is None else self.head(self.norm(hidden))
 
 
-def own_stages(job: Job, spans: Sequence[Span], own: Sequence[int]) -> nn.ModuleList:
+def decoder_stages(job: Job, spans: Sequence[Span], own: Sequence[int]) -> nn.ModuleList:
     """The stages of one rank, with the first values that the whole model would have; no other values are made."""
     config = check(job.resolved, None).require().config
     assert config is not None
@@ -62,28 +73,26 @@ def own_stages(job: Job, spans: Sequence[Span], own: Sequence[int]) -> nn.Module
 
 
 class TorchPipeline:
-    """One rank of a schedule of torch's; ``spans`` are all stages in the order of the model, in fp32."""
+    """One rank of a schedule of torch's over ``stages``, which are number ``own`` of ``count``, in fp32."""
 
-    def __init__(
-        self, job: Job, schedule: Callable[..., Any], spans: Sequence[Span], own: Sequence[int], multiple: bool
-    ) -> None:
-        self._loss = TokenLoss()
-        stages = own_stages(job, spans, own)
+    def __init__(self, job: Job, schedule: str, stages: nn.ModuleList, own: Sequence[int], count: int) -> None:
+        theirs, multiple = SCHEDULES[schedule]
         self._stages, self._optimizer = stages, plain_optimizer(stages)
         wrapped = [
-            PipelineStage(stage, index, len(spans), torch.device("cpu"))
-            for index, stage in zip(own, stages, strict=True)
+            PipelineStage(stage, index, count, torch.device("cpu")) for index, stage in zip(own, stages, strict=True)
         ]
-        self._first, self._last = 0 in own, len(spans) - 1 in own
-        self._schedule = schedule(
-            wrapped if multiple else wrapped[0], job.case.accumulation, loss_fn=self._token_loss, scale_grads=False
+        self._first, self._last = 0 in own, count - 1 in own
+        make: Callable[..., Any] = getattr(schedules, theirs)
+        self._schedule = make(
+            wrapped if multiple else wrapped[0], job.case.accumulation, loss_fn=self.loss, scale_grads=False
         )
         self._loader = plain_loader(job.resolved, job.rank, job.world_size)
-        self._weight = 1
+        self._token_loss, self.weight = TokenLoss(), 1
 
-    def _token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self._loss(logits, labels) / self._weight
-        return loss
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of a microbatch, divided by the ``weight`` of the window."""
+        found: Tensor = self._token_loss(logits, labels) / self.weight
+        return found
 
     def steps(self, count: int) -> float:
         """Run ``count`` windows; returns the last loss of the window per token, 0 where another rank makes it."""
@@ -91,7 +100,7 @@ class TorchPipeline:
         for _ in range(count):
             window = self._loader.next()
             assert isinstance(window, Window)
-            self._weight = window.weight
+            self.weight = window.weight
             tokens = [torch.cat([batch.tokens for batch in window.batches])] if self._first else []
             target = torch.cat([batch.labels for batch in window.batches]) if self._last else None
             losses: list[Tensor] = []
@@ -113,18 +122,3 @@ class TorchPipeline:
     def close(self) -> None:
         """Stop the loader's thread."""
         self._loader.close()
-
-
-SCHEDULES: dict[str, tuple[str, bool]] = {
-    "gpipe": ("ScheduleGPipe", False),
-    "1f1b": ("Schedule1F1B", False),
-    "interleaved_1f1b": ("ScheduleInterleaved1F1B", True),
-    "zbv": ("ScheduleZBVZeroBubble", True),
-}
-"""Our name to torch's class, and whether it takes several stages a rank."""
-
-
-def schedule_class(name: str) -> tuple[Callable[..., Any], bool]:
-    """Torch's class of the schedule that we call ``name``."""
-    theirs, multiple = SCHEDULES[name]
-    return getattr(schedules, theirs), multiple

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from camshaft_pipeline.schedule import loop_placement, v_placement
-from tools.bench import peers, peers_pipeline
+from camshaft_pipeline.schedules import make
+from tools.bench import peers
 from tools.bench.peers import Job
+from tools.bench.peers_pipeline import TorchPipeline, decoder_stages
 from tools.bench.setup import Case
 from tools.bench.sharded import Entry, Target, joined, measure, only
 
 LAYERS, MICROBATCHES = 8, 8
 MODEL = {"preset": "llama-tiny", "num_hidden_layers": LAYERS, "tie_word_embeddings": False}
 """torch's stages know nothing of tied parameters, so there are none."""
-SHARES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "zbv": 2}
-"""Schedule to stages of a rank."""
+RACES = ("gpipe", "1f1b", "interleaved_1f1b", "zbv")
 RANKS = (2, 4)
 OURS, TORCH = "Camshaft", "torch"
 CONTESTANTS = (OURS, TORCH)
@@ -29,19 +29,22 @@ def case_of(schedule: str, ranks: int) -> Case:
 
 
 def placement_of(schedule: str, ranks: int) -> tuple[int, ...]:
-    """Stage to rank: V for ZBV, round and round for the others."""
-    return v_placement(ranks) if schedule == "zbv" else loop_placement(ranks, SHARES[schedule])
+    """Stage to rank: there and back for ZBV and DualPipeV, round and round for the others."""
+    return make(schedule, ranks, ranks).placement
 
 
-def torch_pipeline(schedule: str, job: Job) -> peers_pipeline.TorchPipeline:
+def own_stages(schedule: str, job: Job) -> tuple[list[int], int]:
+    """Stages of the job's rank, and how many there are in all."""
+    placement = placement_of(schedule, job.world_size)
+    return [stage for stage, rank in enumerate(placement) if rank == job.rank], len(placement)
+
+
+def torch_pipeline(schedule: str, job: Job) -> TorchPipeline:
     """Torch's contestant: every stage has as many layers as every other, as ours are told to have."""
-    ranks = job.world_size
-    placement = placement_of(schedule, ranks)
-    share = LAYERS // len(placement)
-    spans = [(index * share, (index + 1) * share) for index in range(len(placement))]
-    own = [stage for stage, rank in enumerate(placement) if rank == job.rank]
-    made, multiple = peers_pipeline.schedule_class(schedule)
-    return peers_pipeline.TorchPipeline(job, made, spans, own, multiple)
+    own, count = own_stages(schedule, job)
+    share = LAYERS // count
+    spans = [(index * share, (index + 1) * share) for index in range(count)]
+    return TorchPipeline(job, schedule, decoder_stages(job, spans, own), own, count)
 
 
 def entries_of(schedule: str, ranks: int) -> dict[str, Entry]:
@@ -56,7 +59,7 @@ def entries_of(schedule: str, ranks: int) -> dict[str, Entry]:
 
 def run(blocks: int | None, names: Sequence[str] = (), contestants: Sequence[str] = ()) -> dict[str, Any]:
     """Speed and memory of each schedule on each number of ranks, or of the cases of these names (``zbv-2``)."""
-    races = [(schedule, ranks) for ranks in RANKS for schedule in SHARES]
+    races = [(schedule, ranks) for ranks in RANKS for schedule in RACES]
     return joined(
         measure(case_of(*race), only(entries_of(*race), contestants), race[1], blocks, TARGETS)
         for race in races
