@@ -11,7 +11,10 @@ from camshaft.data import prepare
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.reference import plain_run
 
-BF16 = {"gradients": 2e-2, "norm": 5e-3, "weights": 1e-3, "exp_avg": 2e-2, "exp_avg_sq": 3e-2, "loss": 2e-4}
+BF16 = {"gradients": 1.5e-2, "norm": 2e-3, "weights": 4e-3, "exp_avg": 1.5e-2, "exp_avg_sq": 3e-2, "loss": 1e-4}
+"""4 steps at a rate of 3e-3 from the start; a bf16 value is off by up to 3.9e-3, and under tensor parallel sums of
+products are rounded once more. Measured over all cases here: gradients 5.9e-3, norm 8.2e-4, weights (fp32 masters)
+1.5e-3, moments 5.3e-3 and 1.2e-2, loss 3.4e-5. All are under the gates that bf16 has elsewhere."""
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,7 @@ BF16 = {"gradients": 2e-2, "norm": 5e-3, "weights": 1e-3, "exp_avg": 2e-2, "exp_
     ],
 )
 def test_narrow_parameters_follow_their_masters(make_recipe, row, axis):
-    narrow = {"compute": "bf16", "parameters": "bf16", "gradients": "fp32"}
+    narrow = {"compute": "bf16", "parameters": "bf16"}
     whole = {"micro_batch_size": 12, "global_batch_size": 12}
     plain = make_recipe(plugins("none", compute=narrow), model=MODEL, batch=whole, training=training(STEPS))
     wanted = plain_run(plain, prepare(plain), torch_adamw, compute="bf16", parameters="bf16", max_norm=MAX_NORM)
@@ -36,17 +39,24 @@ def test_narrow_parameters_follow_their_masters(make_recipe, row, axis):
 
 
 class Overflow(Plugin):
-    """In step 2 one rank's first gradient is not finite; afterwards no weight may have changed anywhere."""
+    """In step 2 one rank's backward makes a gradient that is not finite, of what only ranks of its place along the
+    model's axis hold; afterwards no weight may have changed anywhere."""
 
     def __init__(self, rank):
         super().__init__()
         self.rank = rank
 
     @hookimpl
+    def bind(self, state):
+        def poison(gradient):
+            bad = state.step == 1 and state.world.rank == self.rank
+            return torch.full_like(gradient, math.inf) if bad and gradient is not None else gradient
+
+        name = next(name for name, _ in state.model.named_parameters() if name.endswith("up_proj.weight"))
+        state.model.get_parameter(name).register_hook(poison)
+
+    @hookimpl
     def reduce_parts(self, state):
-        held = [part for part in state.world.parts if part.pieces and part.tensor.grad is not None]
-        if state.step == 1 and state.world.rank == self.rank:
-            held[0].tensor.grad.view(-1)[0] = math.inf
         self.before = [part.tensor.detach().clone() for part in state.world.parts]
 
     @hookimpl
