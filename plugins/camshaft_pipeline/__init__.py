@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from camshaft_pipeline.cutting import Tie
     from camshaft_pipeline.deferral import Deferral
     from camshaft_pipeline.executor import Executor
+    from camshaft_pipeline.recording import Recorder
     from camshaft_pipeline.schedule import Schedule
     from camshaft_pipeline.ties import Ties
 
@@ -48,6 +49,7 @@ class Plugin(camshaft.Plugin):
     _executor: Executor | None = None
     _ties: Ties | None = None
     _deferral: Deferral | None = None
+    _recorder: Recorder | None = None
     _tied: tuple[Tie, ...] = ()
 
     @property
@@ -122,7 +124,13 @@ class Plugin(camshaft.Plugin):
         self._ties = Ties(state, self._tied, schedule.placement, backwards)
         line = Line(channel, world.device, kept=None if self._chosen.table else 4)
         self._executor = Executor(state, schedule, Transport(schedule, place, line), self._ties, self._deferral)
-        return self._executor.handlers()
+        handlers = self._executor.handlers()
+        if not self._chosen.trace:
+            return handlers
+        from camshaft_pipeline.recording import Recorder
+
+        self._recorder = Recorder(state, schedule, self._executor)
+        return self._recorder.around(handlers)
 
     @camshaft.hookimpl
     def around_forward(self, call: Forward) -> Forward:
@@ -140,6 +148,12 @@ class Plugin(camshaft.Plugin):
         """Wait until everything that this window sent is gone; weights may change then."""
         assert self._executor is not None
         self._executor.end_window()
+
+    @camshaft.hookimpl
+    def post_step(self) -> None:
+        """Draw the measured step, if this was it."""
+        if self._recorder is not None:
+            self._recorder.finish()
 
     @camshaft.hookimpl
     def close(self) -> None:

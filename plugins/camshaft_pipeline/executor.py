@@ -6,6 +6,7 @@ is held, so that its memory goes when it has been sent.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,6 +51,8 @@ class Executor:
         """Activations for a stage of this rank, made by the one before it, which is here too."""
         self._gradients: dict[Place, Tensor | None] = {}
         self._open = False
+        self.began = 0.0
+        """Wall-clock time at which the last computation had all that it needs."""
 
     def handlers(self) -> Mapping[Kind, Handler]:
         """A callable for each kind of action."""
@@ -86,6 +89,7 @@ class Executor:
         assert strokes is not None
         hidden = self._input(microbatch, stage)
         self._ties.before_forward(stage)
+        self.began = time.time()
         made = strokes.forward(action, hidden)
         edge = get_gradient_edge(made) if made.requires_grad else None
         last = stage == self._schedule.stages - 1
@@ -138,6 +142,7 @@ class Executor:
     def _weights(self, action: Action) -> None:
         strokes = self._state.strokes
         assert strokes is not None
+        self.began = time.time()
         strokes.begin_backward(action)
         self._deferral.weights(action[1:])
         strokes.end_backward()
@@ -151,10 +156,13 @@ class Executor:
         strokes.begin_backward(action)
         self._ties.before_backward(stage)
         if live.loss is not None:
-            return live, strokes.scale(live.loss)
-        if self._is_here(stage + 1):
-            return live, self._gradients.pop((microbatch, stage))
-        return live, self._transport.take(Action(Kind.RECV_B, microbatch, stage))
+            gradient: Tensor | None = strokes.scale(live.loss)
+        elif self._is_here(stage + 1):
+            gradient = self._gradients.pop((microbatch, stage))
+        else:
+            gradient = self._transport.take(Action(Kind.RECV_B, microbatch, stage))
+        self.began = time.time()
+        return live, gradient
 
     def _end_backward(self, action: Action) -> None:
         strokes = self._state.strokes
