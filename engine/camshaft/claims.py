@@ -123,10 +123,13 @@ def _prefix(left: str, right: str) -> bool:
     return left.startswith(right) or right.startswith(left)
 
 
-def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
+def check(
+    plans: Mapping[str, Plan], mesh: MeshShape, owners: Mapping[str, Sequence[str]] | None = None
+) -> list[Problem]:
     """Every conflict between plans: colliding claims, unmet requirements, axes that nobody claims.
 
-    ``plans`` maps plugin to plan in recipe order. Problems carry the recipe key of the plugin to change.
+    ``plans`` maps plugin to plan in recipe order; ``owners`` maps slot to plugins, so that who should have provided
+    what is missing can be named. Problems carry the recipe key of the plugin to change.
 
     Raises:
         PluginError: a claim on a resource or an axis that does not exist, which could collide with nothing.
@@ -139,12 +142,22 @@ def check(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
     if not any(claim.resource == "optimizer.layout" for plan in plans.values() for claim in plan.claims):
         provided |= WHOLE
     for name, plan in plans.items():
-        problems += [_unmet(name, fact, plans) for fact in plan.requires if fact not in provided]
+        problems += [_unmet(name, fact, plans, owners or {}) for fact in plan.requires if fact not in provided]
     return problems + _unclaimed(plans, mesh)
 
 
-def _unmet(name: str, fact: str, plans: Mapping[str, Plan]) -> Problem:
-    """A fact that nobody provides; one that the core would provide is missing because of who divides the optimizer."""
+def _unmet(name: str, fact: str, plans: Mapping[str, Plan], slots: Mapping[str, Sequence[str]]) -> Problem:
+    """A fact that nobody provides; one that the core would provide is missing because of who divides the optimizer.
+
+    A fact of a slot (``elementwise_optimizer``) is one that the slot's owner lacks.
+    """
+    for slot, (owner, *_) in ((slot, names) for slot, names in slots.items() if names):
+        if fact.endswith(f"_{slot}"):
+            return Problem(
+                f"plugin '{name}' needs '{fact}', which '{owner}', who owns the slot '{slot}', does not provide",
+                key=f"plugins.{name}",
+                fix=f"take another plugin in place of '{owner}', or remove '{name}'",
+            )
     owners = [owner for owner, plan in plans.items() if any(c.resource == "optimizer.layout" for c in plan.claims)]
     if fact in WHOLE and owners:
         return Problem(

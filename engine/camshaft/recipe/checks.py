@@ -142,7 +142,7 @@ class _Run:
         for name, plan in plugins.implementations("plan"):
             with self.collect():
                 self.checked.plans[name] = _a_plan(name, plan(context))
-        self.problems += claims.check(self.checked.plans, self.checked.mesh)
+        self.problems += claims.check(self.checked.plans, self.checked.mesh, self.checked.owners)
 
 
 def _a_plan(name: str, found: object) -> Plan:
