@@ -126,6 +126,9 @@ def test_requirements_must_be_provided():
     plans = {"needs": Plan(requires=("elementwise_optimizer",))}
     (problem,) = check(plans, mesh())
     assert "'needs' needs 'elementwise_optimizer'" in problem.message
+    (problem,) = check(plans, mesh(), {"clip": [], "optimizer": ["lamb"]})
+    assert "'elementwise_optimizer', which 'lamb', who owns the slot 'optimizer', does not provide" in problem.message
+    assert problem.key == "plugins.needs" and "in place of 'lamb'" in problem.fix
     plans["gives"] = Plan(provides=("elementwise_optimizer",))
     assert check(plans, mesh()) == []
 

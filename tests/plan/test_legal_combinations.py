@@ -72,19 +72,14 @@ def reasons(data, tensor, pipeline, optimizer, precision):
 
 
 def write(folder, data, tensor="-", pipeline="-", optimizer="adamw", precision="fp32"):
-    ranks = {"none": 1}.get(data, 4)
+    ranks = 1 if data == "none" else 4
     parallel = {"tensor_parallel": 1 + (tensor != "-"), "pipeline_parallel": 1 + (pipeline != "-")}
     if data.startswith("hybrid"):
         parallel["data_parallel_shard"] = 2
     chosen = [DATA[data], TENSOR[tensor], PIPELINE[pipeline], {optimizer: {"lr": 1e-3}}, PRECISIONS[precision]]
     plugins = {name: options for part in chosen for name, options in part.items()}
-    tree = {
-        **RECIPE,
-        "parallel": parallel,
-        "launch": {"processes": ranks * 2 ** sum(p == 2 for p in parallel.values())},
-    }
-    if data.startswith("hybrid"):
-        tree["launch"] = {"processes": ranks * parallel["tensor_parallel"] * parallel["pipeline_parallel"]}
+    processes = ranks * parallel["tensor_parallel"] * parallel["pipeline_parallel"]
+    tree = {**RECIPE, "parallel": parallel, "launch": {"processes": processes}}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**tree, "plugins": plugins}, sort_keys=False))
     return path
