@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from camshaft.errors import RanksDiverged
 from camshaft_ledger.board import Board
 from camshaft_ledger.book import Book, Key
 from camshaft_ledger.library import Started, Tap, in_background
-from camshaft_ledger.sequence import Entry, Sequence
+from camshaft_ledger.sequence import Entry
+from camshaft_ledger.sequence import Sequence as Calls
 from camshaft_ledger.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Ledger:
         self._rank, self._plugin, self._every = world.rank, plugin, compare_every
         groups = groups_of(world.mesh.shape, world.rank)
         self._axes = tuple(groups)
-        self._sequence = Sequence(groups, compare_every + 3)
+        self._sequence = Calls(groups, compare_every + 3)
         store = side_store(f"ledger/{next(_runs)}")
         self._board = Board.open(store, world.rank, groups)
         self._watcher = Watcher(self._sequence, store, world.rank, stall_s, self._board.level)
@@ -116,7 +117,7 @@ class Ledger:
 
     def _channel(self, call: Call) -> None:
         self.book.add(Key(call.plugin, call.axis, call.op), call.bytes)
-        if call.plugin == self._plugin or call.axis not in self._axes or in_background():
+        if call.plugin == self._plugin or call.axis not in self._axes or call.op in _MESSAGES or in_background():
             return
         entry = self._entries.get(call)
         if entry is None:
@@ -180,21 +181,30 @@ class Ledger:
 
 
 def groups_of(shape: MeshShape, rank: int) -> dict[str, tuple[int, ...]]:
-    """Global ranks of the group of ``rank`` along every axis, and of all as ``world``; the same names on all ranks."""
-    own = shape.coordinates(rank)
-    found = {}
-    for name in shape.names:
-        others = [axis.name for axis in shape.axes if axis.name not in shape.members(name)]
-        places = ((peer, shape.coordinates(peer)) for peer in range(shape.world_size))
-        found[name] = tuple(peer for peer, place in places if all(place[axis] == own[axis] for axis in others))
-    return {**found, "world": tuple(range(shape.world_size))}
+    """Global ranks of the group of ``rank`` along every axis, of all as ``world``, and along several axes together.
+
+    The same names on all ranks.
+    """
+    places = [shape.coordinates(peer) for peer in range(shape.world_size)]
+    own = places[rank]
+
+    def group(members: Sequence[str]) -> tuple[int, ...]:
+        others = [axis.name for axis in shape.axes if axis.name not in members and axis.degree > 1]
+        return tuple(peer for peer, place in enumerate(places) if all(place[axis] == own[axis] for axis in others))
+
+    found = {name: group(shape.members(name)) for name in shape.names}
+    found["world"] = tuple(range(shape.world_size))
+    real = [axis.name for axis in shape.axes if axis.degree > 1]
+    for count in range(2, len(real) + 1):
+        found |= {"+".join(members): group(members) for members in itertools.combinations(real, count)}
+    return found
 
 
 def _names(mesh: Mesh, groups: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Name of torch's group to that of the axis."""
+    """Name of torch's group to that of the axis. Groups of several axes are made by who needs them, not here."""
     found: dict[str, str] = {}
     for axis in groups:
-        group = mesh.group(axis) if axis != "world" else None
+        group = mesh.group(axis) if axis != "world" and "+" not in axis else None
         if group is not None:
             found[group.group_name] = axis
     return found

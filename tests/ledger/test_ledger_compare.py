@@ -40,7 +40,12 @@ def records(groups, *steps, first=5, ended=None):
 
 
 def test_groups_are_those_of_the_mesh():
-    assert square()[1] == {"pp": (1,), "dp": (1, 3), "cp": (1,), "tp": (0, 1), "world": (0, 1, 2, 3)}
+    joined = {"dp+tp": (0, 1, 2, 3)}
+    assert square()[1] == {"pp": (1,), "dp": (1, 3), "cp": (1,), "tp": (0, 1), "world": (0, 1, 2, 3), **joined}
+    cube = MeshShape.of(Parallel(tensor_parallel=2, pipeline_parallel=2), 8)
+    found = groups_of(cube, 6)  # second in pp, second in dp, first in tp
+    assert (found["pp+dp"], found["pp+tp"], found["dp+tp"]) == ((0, 2, 4, 6), (2, 3, 6, 7), (4, 5, 6, 7))
+    assert found["pp+dp+tp"] == found["world"] and cube.joined("tp", "dp", "pp") == "pp+dp+tp"
     hybrid = MeshShape.of(Parallel(data_parallel_shard=2), 4)
     assert groups_of(hybrid, 3)["dp"] == (0, 1, 2, 3) and groups_of(hybrid, 3)["dp_replicate"] == (1, 3)
 

@@ -99,10 +99,10 @@ def parallel(axis, row, data):
     return section
 
 
-def run(make_recipe, row, axis, data=2, accumulation=3, observers=None, **more):
+def run(make_recipe, row, axis, data=2, accumulation=3, observers=None, more=None, **settings):
     """Records of a run on ``data`` data ranks times two along ``axis``, equal on all ranks in every bit."""
     resolved = make_recipe(
-        plugins(row, **AXES[axis], **more),
+        plugins(row, **settings, **AXES[axis], **(more or {})),
         2 * data,
         model=MODEL,
         batch={"micro_batch_size": 12 // (accumulation * data), "global_batch_size": 12},
