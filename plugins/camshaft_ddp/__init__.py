@@ -142,9 +142,9 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def load_state_dict(self, entries: Mapping[str, Any]) -> None:
-        """Lay the buckets out as the saved run had them, if it had all parameters of this rank together."""
+        """Lay the buckets out as the saved run had them."""
         self._order = entries["order"]
-        if self._reducer is not None and self._order is not None and self._reducer.knows(self._order):
+        if self._reducer is not None and self._order is not None:
             self._reducer.adopt_order(self._order)
 
     @camshaft.hookimpl

@@ -56,11 +56,6 @@ class Reducer:
         own = [self._names[parameter] for bucket in self.buckets for parameter in bucket.parameters]
         return own if self._everyones is None else self._everyones
 
-    def knows(self, names: Sequence[str]) -> bool:
-        """Whether ``names`` are all parameters of this rank, and perhaps others: the order of another pipeline stage
-        says nothing of how backward runs here."""
-        return self._named.keys() <= set(names)
-
     def adopt_order(self, names: Sequence[str]) -> None:
         """Lay the buckets out in a saved order; parameters that it does not name come last."""
         known = [self._named[name] for name in names if name in self._named]
