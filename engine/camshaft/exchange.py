@@ -2,7 +2,8 @@
 
 Each parameter has an owner rank. Rounds of bounded size bring pieces to the owners, and results back, each by one
 all-to-all that runs while the caller does something else. Works under any owner of storage whose pieces are disjoint
-along ``parts.channel``; without one nothing travels, and what lies in one piece is not copied.
+along ``parts.channel``, also where an axis divides the parameters themselves: then every rank that holds a copy of a
+piece sends it, and gets the result. Without any nothing travels, and what lies in one piece is not copied.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from camshaft.blocks import Blocks, Extent, Shape, Stretch, check_cover
 from camshaft.comm import Pending
 from camshaft.parts import Part, Parts, Piece
-from camshaft.sums import not_disjoint, refuse_dtensors
+from camshaft.sums import refuse_dtensors
 
-Shape = tuple[int, ...]
 SLACK = 1.05
 """How much more than the mean an owner may get, to save the journey of a parameter that it holds already."""
 
@@ -34,14 +35,6 @@ class Held(NamedTuple):
     def of(self, values: Tensor) -> Tensor:
         """The piece's stretch of ``values``, laid out as the part's tensor: 1-D, a view where they are contiguous."""
         return values.reshape(-1)[self.piece.place : self.piece.place + self.piece.length]
-
-
-class Stretch(NamedTuple):
-    """Elements ``start`` to ``start + length`` of the flattened parameter ``name``, wherever they lie."""
-
-    name: str
-    start: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +56,14 @@ class Round:
 class Arriving:
     """Whole parameters on their way to their owner."""
 
-    def __init__(self, whole: dict[str, Tensor], pending: Pending | None, unpack: Callable[[], None]) -> None:
-        self._whole, self._pending, self._unpack = whole, pending, unpack
+    def __init__(self, pending: Pending | None, unpack: Callable[[], dict[str, Tensor]]) -> None:
+        self._pending, self._unpack = pending, unpack
 
     def wait(self) -> dict[str, Tensor]:
         """By name, each in its own shape: those that this rank owns. Call it once."""
         if self._pending is not None:
             self._pending.wait()
-            self._unpack()
-        return self._whole
+        return self._unpack()
 
 
 class Departing:
@@ -94,7 +86,7 @@ class Exchange:
     that holds most of a parameter gets it. ``dtype`` is what travels, on ``device``. ``limit``: elements of whole
     parameters that a rank owns in one round, or one larger parameter; None: all in one round.
 
-    Collective: all ranks of ``parts.channel`` construct it, and run the same rounds in the same order. Traffic of a
+    Collective: all ranks of ``parts.holders`` construct it, and run the same rounds in the same order. Traffic of a
     round, each way: what lies on another rank than its owner's.
 
     Raises:
@@ -114,10 +106,12 @@ class Exchange:
         refuse_dtensors(parts)
         self._parts, self._names = parts, frozenset(names)
         self._dtype, self._device = dtype, device
-        self._rank = 0 if parts.channel is None else parts.channel.rank
+        self._rank = 0 if parts.holders is None else parts.holders.rank
         self._version, self._held = parts.version, self._look_up()
-        self.shapes, self._tables = self._learn()
-        check_cover(self.shapes, self._tables)
+        self._blocks, self._tables = self._learn()
+        self.shapes = self._blocks.shapes
+        self._stretches = self._tables[self._rank]
+        check_cover(self.shapes, self._tables, self._blocks.copies)
         self.owners = assign(self.shapes, self._tables, cost)
         self.rounds = tuple(self._round(names) for names in batches(self.shapes, self.owners, limit))
 
@@ -135,21 +129,24 @@ class Exchange:
 
         A parameter that lies in one piece on its owner arrives as a view of its value.
         """
-        pieces = [self._held[place].piece for place in current.places]
-        whole = self._rooms(current, pieces, values)
-        shaped = {name: flat.view(self.shapes[name]) for name, flat in whole.items()}
+        whole = self._rooms(current, values)
+
+        def shaped() -> dict[str, Tensor]:
+            return {name: self._blocks.whole(name, flat) for name, flat in whole.items()}
+
         if not current.travels:
-            return Arriving(shaped, None, lambda: None)
+            return Arriving(None, shaped)
         sources = [self._joined([values[place] for place in places]) for places in current.outgoing]
         lengths = [[stretch.length for stretch in of_rank] for of_rank in current.incoming]
         outputs = [self._empty(sum(each)) for each in lengths]
 
-        def unpack() -> None:
+        def unpack() -> dict[str, Tensor]:
             for stretches, sizes, received in zip(current.incoming, lengths, outputs, strict=True):
                 for stretch, flat in zip(stretches, torch.split(received, sizes), strict=True):
                     _cut(whole, stretch).copy_(flat)
+            return shaped()
 
-        return Arriving(shaped, self._all_to_all(outputs, sources, hook), unpack)
+        return Arriving(self._all_to_all(outputs, sources, hook), unpack)
 
     @torch.no_grad()
     def from_owners(self, current: Round, whole: Mapping[str, Tensor], hook: str = "step") -> Departing:
@@ -157,37 +154,38 @@ class Exchange:
 
         Results for pieces of what this rank owns are views of ``whole``.
         """
-        flats = {name: tensor.reshape(-1) for name, tensor in whole.items()}
-        pieces = [self._held[place].piece for place in current.places]
-        results = [_cut(flats, piece) if piece.name in flats else self._empty(0) for piece in pieces]
+        flats = {name: self._blocks.flat(name, tensor) for name, tensor in whole.items()}
+        own = [self._stretches[place] for place in current.places]
+        results = [_cut(flats, stretch) if stretch.name in flats else self._empty(0) for stretch in own]
         if not current.travels:
             return Departing(results, None)
         sources = [self._joined([_cut(flats, stretch) for stretch in of_rank]) for of_rank in current.incoming]
         outputs = []
         for positions in current.outgoing:
-            sizes = [pieces[position].length for position in positions]
+            sizes = [own[position].length for position in positions]
             outputs.append(self._empty(sum(sizes)))
             for position, flat in zip(positions, torch.split(outputs[-1], sizes), strict=True):
                 results[position] = flat
         return Departing(results, self._all_to_all(outputs, sources, hook))
 
-    def _rooms(self, current: Round, pieces: Sequence[Piece], values: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Flat whole tensors of what this rank owns, its own pieces in place."""
+    def _rooms(self, current: Round, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Buffers of what this rank owns, its own pieces in place."""
+        own = [self._stretches[place] for place in current.places]
         whole: dict[str, Tensor] = {}
         mine = {name for name in current.names if self.owners[name] == self._rank}
-        for piece, value in zip(pieces, values, strict=True):
-            if piece.name in mine and piece.length == prod(piece.shape):
-                whole[piece.name] = value
+        for stretch, value in zip(own, values, strict=True):
+            if stretch.name in mine and stretch.length == prod(self.shapes[stretch.name]):
+                whole[stretch.name] = value
         for name in sorted(mine - whole.keys()):
             whole[name] = self._empty(prod(self.shapes[name]))
-        for piece, value in zip(pieces, values, strict=True):
-            if piece.name in mine and whole[piece.name] is not value:
-                _cut(whole, piece).copy_(value)
+        for stretch, value in zip(own, values, strict=True):
+            if stretch.name in mine and whole[stretch.name] is not value:
+                _cut(whole, stretch).copy_(value)
         return {name: whole[name] for name in sorted(mine)}
 
     def _all_to_all(self, outputs: list[Tensor], sources: list[Tensor], hook: str) -> Pending:
-        assert self._parts.channel is not None
-        return self._parts.channel.all_to_all(outputs, sources, hook)
+        assert self._parts.holders is not None
+        return self._parts.holders.all_to_all(outputs, sources, hook)
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self._dtype, device=self._device)
@@ -199,16 +197,16 @@ class Exchange:
         found = (Held(part, piece) for part in self._parts for piece in part.pieces)
         return [each for each in found if each.piece.name in self._names and each.piece.length]
 
-    def _learn(self) -> tuple[dict[str, Shape], list[list[Stretch]]]:
-        """Shapes, and what each rank holds, in the order of its parts. Asked once, for splits do not change it."""
-        own = [(_stretch(held), held.piece.shape) for held in self._held]
+    def _learn(self) -> tuple[Blocks, list[list[Stretch]]]:
+        """What each rank holds, in the order of its parts. Asked once, for splits do not change it."""
+        own = [(_stretch(held), Extent.of(held.piece)) for held in self._held]
         everyone = [own]
-        channel = self._parts.channel
-        if channel is not None and channel.size > 1:
-            everyone = [[] for _ in range(channel.size)]
-            dist.all_gather_object(everyone, own, group=channel.group)
-        shapes = {stretch.name: shape for table in everyone for stretch, shape in table}
-        return shapes, [[stretch for stretch, _ in table] for table in everyone]
+        holders = self._parts.holders
+        if holders is not None and holders.size > 1:
+            everyone = [[] for _ in range(holders.size)]
+            dist.all_gather_object(everyone, own, group=holders.group)
+        blocks = Blocks((stretch.name, extent) for table in everyone for stretch, extent in table)
+        return blocks, [[blocks.place(stretch, extent.offset) for stretch, extent in table] for table in everyone]
 
     def _round(self, names: frozenset[str]) -> Round:
         places = tuple(place for place, held in enumerate(self._held) if held.piece.name in names)
@@ -228,30 +226,12 @@ class Exchange:
 
 
 def _stretch(held: Held) -> Stretch:
+    """In the coordinates of the piece's own rectangle."""
     return Stretch(held.piece.name, held.piece.start, held.piece.length)
 
 
-def _cut(flats: Mapping[str, Tensor], of: Stretch | Piece) -> Tensor:
+def _cut(flats: Mapping[str, Tensor], of: Stretch) -> Tensor:
     return flats[of.name][of.start : of.start + of.length]
-
-
-def check_cover(shapes: Mapping[str, Shape], tables: Sequence[Sequence[Stretch]]) -> None:
-    """Every element of every parameter lies on exactly one rank.
-
-    Raises:
-        RecipeError: names the first parameter of which that is not true.
-    """
-    found: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
-    for stretch in (each for table in tables for each in table):
-        found[stretch.name].append((stretch.start, stretch.length))
-    for name, ranges in found.items():
-        end = 0
-        for start, length in sorted(ranges):
-            if start != end:
-                raise not_disjoint(name, f"elements {min(start, end)} to {max(start, end)} lie twice, or nowhere")
-            end = start + length
-        if end != prod(shapes[name]):
-            raise not_disjoint(name, f"elements from {end} of {prod(shapes[name])} lie nowhere")
 
 
 def assign(

@@ -7,7 +7,8 @@ its own. A matrix is replaced by the nearest one whose singular values are all a
 Invariant: momentum lives element by element where the storage puts it; what is orthogonalised is always the whole
 matrix, so any layout gives the numbers of one process. Where matrices are divided over N ranks, each has one owner
 rank, by cost; pieces of the momentum travel to it in rounds, and the result travels back, while other matrices are
-being worked on. Without division every rank does all of the work, also where replicas could share it.
+being worked on; likewise along ``tp``, whose rectangles are put together there, and each copy sends and gets its own.
+Without division every rank does all of the work, also where replicas could share it.
 
 Memory: one value an element of a matrix, two of the rest, in the master dtype; and up to four times `round_mb` during
 the step. Traffic of a step, each way: at most (N-1)/N elements of every matrix, in the dtype of the iteration; a matrix

@@ -22,6 +22,8 @@ def candidates(world: World, model: Module, exclude: Sequence[str], explicit: bo
         RecipeError: an explicit pattern matches nothing.
     """
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if explicit:
+        every = _of_all_stages(world, every)
     idle = [pattern for pattern in exclude if not any(fnmatchcase(name, pattern) for name in every)]
     if explicit and idle:
         fix = f"remove it, or correct it; '{every[-1]}' is one of the names"
@@ -31,6 +33,17 @@ def candidates(world: World, model: Module, exclude: Sequence[str], explicit: bo
         for name, role in world.roles.items()
         if role == "matrix" and not any(fnmatchcase(name, pattern) for pattern in exclude)
     )
+
+
+def _of_all_stages(world: World, own: list[str]) -> list[str]:
+    """Names of the whole model's parameters, where ranks along ``pp`` have those of their own stages."""
+    if world.mesh.degree("pp") == 1:
+        return own
+    import torch.distributed as dist
+
+    every: list[list[str]] = [[] for _ in range(world.mesh.degree("pp"))]
+    dist.all_gather_object(every, own, group=world.mesh.group("pp"))
+    return [name for names in every for name in names]
 
 
 def hidden(parts: Parts, names: Collection[str]) -> frozenset[str]:

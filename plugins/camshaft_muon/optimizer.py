@@ -26,7 +26,7 @@ class Muon(Optimizer):
     """Muon for those of ``names`` that have two dimensions, AdamW for all others.
 
     State: ``momentum_buffer`` shaped like the tensor, or what torch's AdamW keeps. Parts that hold a hidden matrix
-    beside others are split first. Construction and steps are collective over ``parts.channel``.
+    beside others are split first. Construction and steps are collective over ``parts.holders``.
     """
 
     def __init__(self, world: World, names: Collection[str], options: Options) -> None:
@@ -113,7 +113,7 @@ class Muon(Optimizer):
         lr = self.param_groups[0]["lr"]
         for held, update in zip(self._exchange.held(current), departing.wait(), strict=True):
             if held.part.tensor.grad is not None:
-                rate = lr * scale(held.piece.shape, self._options.scaling)
+                rate = lr * scale(held.piece.whole_shape, self._options.scaling)
                 held.of(held.part.tensor.view(-1)).add_(update, alpha=-rate)
 
 

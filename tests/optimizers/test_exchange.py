@@ -7,7 +7,7 @@ from torch.nn import Parameter
 from camshaft.comm import Channel
 from camshaft.errors import RecipeError
 from camshaft.exchange import Exchange, Stretch, assign, batches, check_cover
-from camshaft.parts import Part, Parts, Piece
+from camshaft.parts import Box, Part, Parts, Piece
 from camshaft.sums import ParameterSums
 from camshaft.testing.ranks import RankFailed, run_ranks
 
@@ -109,8 +109,8 @@ def test_a_costly_matrix_gets_a_rank_of_its_own():
 @pytest.mark.parametrize(
     ("tables", "words"),
     [
-        ([[Stretch("a", 0, 4)], [Stretch("a", 3, 3)]], "elements 3 to 4 lie twice"),
-        ([[Stretch("a", 0, 2)], [Stretch("a", 4, 2)]], "elements 2 to 4 lie twice, or nowhere"),
+        ([[Stretch("a", 0, 4)], [Stretch("a", 3, 3)]], "elements 3 to 4 lie on 2 ranks, and should lie once"),
+        ([[Stretch("a", 0, 2)], [Stretch("a", 4, 2)]], "elements 2 to 4 lie on 0 ranks"),
         ([[Stretch("a", 0, 2)], []], "elements from 2 of 6 lie nowhere"),
         ([[Stretch("a", 0, 6)], [Stretch("a", 0, 6)]], "'a' is not divided into disjoint pieces"),
     ],
@@ -142,9 +142,47 @@ def test_sums_are_those_of_whole_parameters(size):
         assert torch.equal(before, ranks[0][0]) and torch.equal(after, ranks[0][1]), "in every bit"
 
 
+WHOLE = torch.arange(42, dtype=torch.float64).view(6, 7)
+
+
+def boxed(rank, size):
+    """Columns of one matrix on ranks 0 and 1, and the last ones on rank 2 again; copies of another on all."""
+    first, last = (0, 4) if rank == 0 else (4, 7)
+    columns = Piece("m", (6, last - first), 0, 0, 6 * (last - first), Box((6, 7), (0, first)))
+    same = Piece("n", (2, 2), 0, 48, 4, Box((2, 2), (0, 0), copies=size))
+    tensor = torch.zeros(52, dtype=torch.float64)
+    tensor[: columns.length] = WHOLE[:, first:last].reshape(-1)
+    tensor[48:] = torch.arange(4.0)
+    part = Part(Parameter(tensor), "matrix", (columns, same))
+    parts = Parts([part])
+    parts.holders = Channel(torch.distributed.group.WORLD, "test", "tp")
+    exchange = Exchange(parts, ["m", "n"], torch.float64, torch.device("cpu"))
+    sums = ParameterSums(parts, ["m", "n"], torch.device("cpu"))({part: tensor})
+    (current,) = exchange.rounds
+    whole = exchange.to_owners(current, [each.of(tensor) for each in exchange.held(current)]).wait()
+    back = exchange.from_owners(current, {name: matrix * 2 for name, matrix in whole.items()}).wait()
+    wanted = [WHOLE[:, first:last].reshape(-1) * 2, torch.arange(4.0, dtype=torch.float64) * 2]
+    assert all(torch.equal(one, other) for one, other in zip(back, wanted, strict=True))
+    return whole, sums
+
+
+def test_an_element_that_ranks_hold_unequally_often_is_refused():
+    with pytest.raises(RankFailed, match="RecipeError: parameter 'm' is not divided into disjoint pieces: elements"):
+        run_ranks(3, boxed)
+
+
+def test_columns_are_put_together_and_every_copy_gets_the_result():
+    found, sums = zip(*run_ranks(2, boxed), strict=True)
+    whole = {name: matrix for of_rank in found for name, matrix in of_rank.items()}
+    assert torch.equal(whole["m"], WHOLE) and torch.equal(whole["n"], torch.arange(4.0).double().view(2, 2))
+    for each in sums:
+        assert torch.allclose(each[0], torch.tensor([float(WHOLE.square().sum()), 14.0], dtype=torch.float64))
+        assert torch.equal(each, sums[0])
+
+
 def replicated(rank, size, kind):
     parts = divided(0, 1)
-    parts.channel = Channel(torch.distributed.group.WORLD, "test", "dp")
+    parts.channel = parts.holders = Channel(torch.distributed.group.WORLD, "test", "dp")
     if kind == "sums":
         ParameterSums(parts, SHAPES, torch.device("cpu"))
     else:
