@@ -7,7 +7,8 @@ anything is loaded every byte is compared with the manifest; a damaged checkpoin
 
 Invariant: at any instant, killed anywhere, the newest intact checkpoint is the last one finished or the one before.
 What is in it does not depend on the layout: names, shapes and numbers are those of whole parameters, in the master
-dtype, in boxes that any other layout on any number of ranks reads what it holds from, and no more.
+dtype, in boxes that any other layout on any number of ranks reads what it holds from, and no more; whether data ranks,
+tensor parallel or a pipeline divided them. What several ranks hold alike is written once.
 Disk: ``keep_last + 1`` checkpoints at the peak. Memory: one tensor or box on the way from a GPU, or into one; with
 ``async`` a copy on the CPU of what this rank writes, kept from save to save (pinned where there is a GPU). Traffic: the
 plan's metadata only, on a gloo group of its own.

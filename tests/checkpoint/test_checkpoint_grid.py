@@ -10,11 +10,16 @@ import pytest
 import torch
 from checkpoint_flat import everything_whole, flat_optimizer
 from checkpoint_grid import SHARED, STAGES, Grid, GridRun
-from checkpoint_toy import Run, differences, folder
+from checkpoint_toy import Plain, Run, Toy, differences, everything, folder
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import camshaft_checkpoint
 from camshaft.errors import CheckpointError
+from camshaft.mesh import Mesh, MeshShape
 from camshaft.parts import Box, Parts
+from camshaft.recipe.schema import Parallel
 from camshaft.testing.ranks import run_ranks
 from camshaft_checkpoint import storage
 
@@ -35,8 +40,8 @@ NAMES = list(GRIDS)
 PAIRS = [(name, NAMES[(place + far) % len(NAMES)]) for far in (1, 3) for place, name in enumerate(NAMES)]
 
 
-def _saved(rank: int, world_size: int, path: Path, grid: Grid, kind: str) -> Any:
-    run = GridRun(path, rank, grid, kind=kind, every_steps=3)
+def _saved(rank: int, world_size: int, path: Path, grid: Grid, kind: str, options: dict[str, Any]) -> Any:
+    run = GridRun(path, rank, grid, kind=kind, **{"every_steps": 3, **options})
     run.late = 2
     run.train(3)
     run.plugin.close(run.state, "finished")
@@ -53,8 +58,8 @@ def _loaded(rank: int, world_size: int, path: Path, grid: Grid, kind: str) -> An
     return loaded, everything_whole(run)
 
 
-def save(path: Path, grid: Grid, kind: str = "adamw") -> dict[str, Any]:
-    first, *_ = run_ranks(grid.ranks, _saved, path, grid, kind)
+def save(path: Path, grid: Grid, kind: str = "adamw", **options: Any) -> dict[str, Any]:
+    first: dict[str, Any] = run_ranks(grid.ranks, _saved, path, grid, kind, options)[0]
     return first
 
 
@@ -85,6 +90,27 @@ def test_three_axes_at_once(tmp_path: Path, before: str, after: str) -> None:
 def test_single_numbers_of_every_kind_cross_grids(tmp_path: Path, kind: str) -> None:
     check_pair(tmp_path / "one", GRIDS["tp2-pp2"], GRIDS["pp2-flat2"], kind)
     check_pair(tmp_path / "two", GRIDS["pp2-flat2"], GRIDS["tp2"], kind)
+
+
+def _background(rank: int, world_size: int, path: Path, grid: Grid) -> tuple[Any, Any]:
+    run = GridRun(path, rank, grid, async_save=True)
+    run.step()
+    run.step()
+    saved = everything_whole(run)
+    run.plugin.post_step(run.state)
+    run.step()  # while it is being written
+    run.plugin.close(run.state, "finished")
+    later = everything_whole(run)
+    return saved, later
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2-flat2", "pp2"])
+def test_later_steps_cannot_touch_what_is_written_in_the_background(tmp_path: Path, name: str) -> None:
+    saved, later = run_ranks(GRIDS[name].ranks, _background, tmp_path, GRIDS[name])[0]
+    assert differences(saved, later)
+    loaded = Run(tmp_path, model=Toy(seed=9))
+    assert loaded.load()
+    assert differences(saved, everything_whole(loaded)) == []
 
 
 def test_the_toy_has_what_makes_grids_hard(tmp_path: Path) -> None:
@@ -280,3 +306,40 @@ def test_names_that_no_rank_had_are_missed_by_every_rank(tmp_path: Path) -> None
     run_ranks(2, _without, tmp_path)
     for text in run_ranks(2, _refused, tmp_path, GRIDS["tp2"]):
         assert "model.wide: not in the checkpoint" in text
+
+
+def _sharded(rank: int, world_size: int, path: Path) -> None:
+    """``fully_shard`` over two data ranks of what each of two ranks along ``tp`` has: DTensors of rectangles."""
+    model = Plain()
+    place = rank % 2
+    cut = slice(0, 5) if place == 0 else slice(5, 15)
+    model.first.weight = nn.Parameter(model.first.weight.detach()[cut].clone())
+    boxes = {name: Box(tuple(value.shape), (0,) * value.ndim, 2) for name, value in model.named_parameters()}
+    boxes["first.weight"] = Box((15, 7), (cut.start, 0))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["dp"])
+    run = Run(path, rank, world_size, model=model)
+    world = run.state.world
+    world.boxes = boxes
+    world.mesh = Mesh(MeshShape.of(Parallel(tensor_parallel=2), 4), rank, None)
+    world.parts.attach(boxes)
+    run.load()
+    _constant_step(run)
+    run.plugin.post_step(run.state)
+
+
+def _constant_step(run: Run) -> None:
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    run.state.optimizer.step()
+    run.count()
+
+
+def test_dtensors_of_rectangles(tmp_path: Path) -> None:
+    straight = Run(tmp_path / "straight", model=Plain())
+    for step in (1, 2):
+        run_ranks(4, _sharded, tmp_path / "run")
+        _constant_step(straight)
+        loaded = Run(tmp_path / "run", model=Plain())
+        assert loaded.load()
+        assert loaded.state.step == step
+        assert differences(everything(straight.state), everything(loaded.state)) == []
