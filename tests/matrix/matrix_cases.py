@@ -46,7 +46,7 @@ NUMBERS = {
     "fp64 SGD": (SGD, "fp64", "untied"),
     "bf16 AdamW": (ADAMW, "bf16", "tied"),
 }
-"""Optimizer, precision and model. ``tied`` shares the embedding; ``untied`` has biases, norms of heads, one key head."""
+"""Optimizer, precision and model. ``untied`` has biases, norms of heads and one key head, and no shared embedding."""
 
 MODEL = {
     "vocab_size": 259,  # odd: no degree of tensor parallel divides it
