@@ -182,15 +182,15 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         dtype = _wide(source)
         narrow = source.to(dtype)
-        ctx.save_for_backward(narrow, weight)
-        ctx.bias, ctx.deferral, ctx.source_dtype = bias, deferral, source.dtype
+        ctx.save_for_backward(narrow)
+        # Parameters themselves, not what hooks on saved tensors (recomputation) would give instead of them.
+        ctx.weight, ctx.bias, ctx.deferral, ctx.source_dtype = weight, bias, deferral, source.dtype
         return F.linear(narrow, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, weight = ctx.saved_tensors
-        bias, deferral = ctx.bias, ctx.deferral
+        (source,), weight, bias, deferral = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.deferral
         needs_source, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         towards = None
         if needs_source:

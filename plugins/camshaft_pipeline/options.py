@@ -38,5 +38,6 @@ class Options(camshaft.Options):
     split: Split = Split()
     """Which layers are in which stage."""
     trace: bool = False
-    """Measure every action of the third step of a run (or the last, if there are fewer), and write `pipeline.trace.json` (for
-    Perfetto) and `pipeline.svg` into the run directory, beside what the simulator says of the same times."""
+    """Measure every action of the third step of a run (or the last, if there are fewer), and write
+    `pipeline.trace.json` (for Perfetto) and `pipeline.svg` into the run directory, beside what the simulator says of
+    the same times."""

@@ -61,18 +61,6 @@ def _from_table(path: str, ranks: int, microbatches: int) -> Schedule:
     return schedule
 
 
-def stages(options: Options, ranks: int) -> int:
-    """Stages of all ranks together, where the schedule need not be known.
-
-    Raises:
-        ScheduleError: the table cannot be read.
-    """
-    if options.table is not None:
-        text = Path(options.table).read_text(encoding="utf-8")
-        return table.read(text, Path(options.table).stem, options.table).stages
-    return ranks * (options.virtual_stages or schedules.FAMILIES[options.schedule].least)
-
-
 def problems(options: Options, context: PlanContext) -> tuple[Problem, ...]:
     """Everything that is wrong with the options, for this mesh, batch and model."""
     ranks = context.mesh["pp"].degree
