@@ -35,7 +35,7 @@ def global_sums(world: World, *values: torch.Tensor | float) -> list[float]:
         [torch.as_tensor(value, dtype=torch.float64, device=world.device).reshape(()) for value in values]
     )
     if not world.makes_loss:
-        total.zero_()
+        total.fill_(0.0)
     for axis in world.mesh.shape.axes:
         if (axis.splits_batch or axis.name == "pp") and axis.degree > 1:
             channel = world.mesh.channel("core", axis.name)
