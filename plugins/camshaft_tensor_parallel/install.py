@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from camshaft_tensor_parallel import overlap
+from camshaft_tensor_parallel.ahead import Ahead
 from camshaft_tensor_parallel.dropout import on_features, on_tokens
-from camshaft_tensor_parallel.line import Line
+from camshaft_tensor_parallel.line import Line, narrow
 from camshaft_tensor_parallel.styles import Style
 from camshaft_tensor_parallel.vocabulary import Range, cross_entropy
 
@@ -25,18 +27,22 @@ Styled = Mapping[str, tuple[nn.Module, Style]]
 class Installed:
     """Hooks and forwards on modules, to be taken off again."""
 
-    def __init__(self, line: Line) -> None:
-        self.line = line
+    def __init__(self, line: Line, *, overlap: bool) -> None:
+        self.line, self._overlap = line, overlap
+        self.ahead: list[Ahead] = []
+        """Regions that overlap their gather with products."""
         self._handles: list[RemovableHandle] = []
         self._changed: list[nn.Module] = []
 
     def install(self, modules: Styled) -> None:
         """Give each module what its style says; parameters still have their whole shapes."""
         sizes = [_vocabulary(module) for module, style in modules.values() if style.kind == "logits"]
-        for module, style in modules.values():
+        for name, (module, style) in modules.items():
             match style.kind:
                 case "region":
-                    self._region(module)
+                    self._region(module, _layers(name, modules) if self._overlap else [])
+                case "logits" if self._overlap and is_plain(module):
+                    self._overlapping_head(module)
                 case "logits":
                     self._handles.append(module.register_forward_pre_hook(self._enter))
                 case "row":
@@ -68,8 +74,15 @@ class Installed:
     def _leave(self, _: nn.Module, __: Any, partial: Tensor) -> Tensor:
         return self.line.leave(partial)
 
-    def _region(self, module: nn.Module) -> None:
+    def _region(self, module: nn.Module, layers: list[nn.Module]) -> None:
         inner, enter = module.forward, self.line.enter
+        if layers:
+            ahead = Ahead(inner, layers, self.line)
+            self.ahead.append(ahead)
+            self._replace(module, ahead.forward)
+            for layer in layers:
+                self._replace(layer, ahead.layer(layer))
+            return
 
         def forward(hidden: Tensor, *rest: Any, **named: Any) -> Any:
             return inner(enter(hidden), *rest, **named)
@@ -77,6 +90,9 @@ class Installed:
         self._replace(module, forward)
 
     def _row(self, module: nn.Module) -> None:
+        if self._overlap and is_plain(module):
+            self._overlapping_row(module)
+            return
         if getattr(module, "bias", None) is None:
             self._handles.append(module.register_forward_hook(self._leave))
             return
@@ -88,6 +104,25 @@ class Installed:
             return summed + bias.to(summed.dtype)
 
         self._replace(module, forward)
+
+    def _overlapping_head(self, head: Any) -> None:
+        def forward(hidden: Tensor) -> Tensor:
+            if overlap.divides(self.line):
+                return overlap.enter(narrow(hidden), self.line, (head.weight, head.bias))[1]
+            return F.linear(self.line.enter(hidden), head.weight, head.bias)
+
+        self._replace(head, forward)
+
+    def _overlapping_row(self, row: Any) -> None:
+        def forward(features: Tensor) -> Tensor:
+            features = narrow(features)
+            if overlap.divides(self.line):
+                summed = overlap.leave(features, row.weight, self.line)
+            else:
+                summed = self.line.leave(F.linear(features, row.weight))
+            return summed if row.bias is None else summed + row.bias.to(summed.dtype)
+
+        self._replace(row, forward)
 
     def _embedding(self, table: Any) -> None:
         """The table stays an ordinary one, of this rank's rows; what other ranks have is filled with zeros."""
@@ -114,6 +149,20 @@ class Installed:
             return cross_entropy(logits, labels, own, self.line)
 
         self._replace(module, forward)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose forward is torch's own."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _layers(region: str, modules: Styled) -> list[nn.Module]:
+    """Linear layers of ``region`` that are divided by columns."""
+    return [
+        module
+        for name, (module, style) in modules.items()
+        if style.kind in ("column", "shared") and name.startswith(f"{region}.") and is_plain(module)
+    ]
 
 
 def _vocabulary(head: Any) -> int:

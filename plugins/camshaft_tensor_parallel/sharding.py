@@ -33,7 +33,7 @@ class Sharding:
         self.line = Line(channel, sequence=options.sequence_parallel)
         check(self.plan, model, world, plugin, sequence=self.line.sequence)
         styles = {name: (module, self.plan.style(name)) for name, module in model.named_modules()}
-        self._installed = Installed(self.line)
+        self._installed = Installed(self.line, overlap=options.overlap)
         self._installed.install({name: (module, style) for name, (module, style) in styles.items() if style})
         self._drop_out(model)
         self.partial: dict[str, int] = {}

@@ -19,7 +19,7 @@ MODEL = {
     "initializer_range": 0.05,
     "tie_word_embeddings": True,
 }
-STEPS = 6
+STEPS = 4
 
 
 def recipe(make_recipe, degree=2, *, data=1, tensor=None, optimizer="adamw", compute="fp64", plugins=None, **model):

@@ -1,0 +1,8 @@
+"""What ranks would import anew, each for half a second of the processor: they are forked from here."""
+
+import tokenizers  # noqa: F401
+import torch._dynamo
+import torch.distributed.tensor.parallel
+
+import camshaft.testing.record  # noqa: F401
+import camshaft_tensor_parallel.sharding  # noqa: F401
