@@ -124,7 +124,7 @@ class Plugin(camshaft.Plugin):
     def inert(self) -> str | None:
         """Asked to overlap, and with one bucket there is nothing that backward could go on beside."""
         asked = "overlap" in self.options.model_fields_set and self.options.overlap
-        if not asked or self._reducer is None or len(self._reducer.buckets) > 1:
+        if not asked or self._reducer is None or len(self._reducer.buckets) != 1:
             return None
         (bucket,) = self._reducer.buckets
         size = bucket.flat.numel() * bucket.flat.element_size() / 2**20

@@ -160,10 +160,12 @@ class Reducer:
         names = list(self._named)
         observed = dict.fromkeys(self._names[parameter] for parameter in seen)
         order = [*observed, *(name for name in names if name not in observed)]
-        device = next(iter(self._named.values())).device
-        indexes = torch.tensor([names.index(name) for name in order], dtype=torch.int64, device=device)
-        self._channel.broadcast(indexes, 0, "release").wait()
-        self.adopt_order([names[index] for index in indexes.tolist()])
+        if order:  # nothing of a rank's pipeline stages may train
+            device = next(iter(self._named.values())).device
+            indexes = torch.tensor([names.index(name) for name in order], dtype=torch.int64, device=device)
+            self._channel.broadcast(indexes, 0, "release").wait()
+            order = [names[index] for index in indexes.tolist()]
+        self.adopt_order(order)
         if self._pipeline > 1:  # a checkpoint keeps one list for all ranks
             every: list[Any] = [None] * self._pipeline
             dist.all_gather_object(every, self._everyones, group=self._state.world.mesh.group("pp"))

@@ -28,7 +28,7 @@ class Lamb(Optimizer):
         groups = decay_groups(parts, options.weight_decay)
         roles = {id(part.tensor): part.role for part in parts}
         for group in groups:
-            vectors = roles[id(group["params"][0])] in ("norm", "bias")
+            vectors = any(roles[id(tensor)] in ("norm", "bias") for tensor in group["params"])
             group["adapt"] = not (vectors and options.exempt_vectors)
         beta1, beta2 = options.betas
         super().__init__(groups, {"lr": options.lr, "betas": (beta1, beta2), "eps": options.eps})

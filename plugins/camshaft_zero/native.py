@@ -110,7 +110,7 @@ class Native(Storage):
         give_values(model, self.units, world.recipe.seed, boxes)
         give_storage(self.units, world.device)
         publish(self.units, "materialize")
-        world.parts, world.stored = make_parts(self.units, self.grid)
+        world.parts, world.stored = make_parts(self.units, self.grid, world.policy.master, world.device)
         world.readable, world.settle = not self.divided, self.settle
 
     def bind(self, state: State) -> None:

@@ -228,7 +228,7 @@ class Reducer:
 
     def _start_flags(self) -> None:
         """Begin to ask whether a parameter that this rank did not use was used by another."""
-        if self._grid.everyone is None:
+        if self._grid.everyone is None or not self._fillings:
             return
         self._flags.fill_(1)
         for index, _ in self._missing():
@@ -329,7 +329,7 @@ class Reducer:
 
     def _agree_on_order(self, seen: Sequence[Filling]) -> None:
         self._seen = None
-        if self._grid.everyone is None:
+        if self._grid.everyone is None or not self._fillings:
             return
         order = list(dict.fromkeys([*seen, *self._order]))
         indexes = torch.tensor(

@@ -117,10 +117,11 @@ def nothing(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
 
 
-def make_parts(units: Sequence[Unit], grid: Grid) -> tuple[Parts, Parts]:
+def make_parts(units: Sequence[Unit], grid: Grid, master: torch.dtype, device: torch.device) -> tuple[Parts, Parts]:
     """What the optimizer updates on this rank, and what is divided and does not train.
 
-    A rank that holds nothing of a role has an empty part of it, so that every rank has the same optimizer groups.
+    A rank that holds nothing of a role has an empty part of it, so that data ranks have the same optimizer groups; one
+    of whose pipeline stages nothing trains has an empty part all the same.
     """
     trained: list[Part] = []
     frozen: list[Part] = []
@@ -128,8 +129,7 @@ def make_parts(units: Sequence[Unit], grid: Grid) -> tuple[Parts, Parts]:
         for role, first, last, pieces in unit.layout.pieces(unit.begin, unit.end):
             tensor = Parameter(unit.master[first - unit.begin : last - unit.begin], requires_grad=unit.trains)
             (trained if unit.trains else frozen).append(Part(tensor, role, pieces))
-    roles = {member.role for unit in units if unit.trains for member in unit.layout.members}
+    roles = {member.role for unit in units if unit.trains for member in unit.layout.members} or {"matrix"}
     for role in sorted(roles - {part.role for part in trained}):
-        like = next(unit.master for unit in units if unit.trains)
-        trained.append(Part(Parameter(like.new_empty(0)), role, ()))
+        trained.append(Part(Parameter(torch.empty(0, dtype=master, device=device)), role, ()))
     return Parts(trained, grid.parts), Parts(frozen, grid.parts)

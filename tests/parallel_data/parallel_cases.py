@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from camshaft.data import prepare
+from camshaft.models.llama import Llama
+from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_bit_equal
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks
@@ -84,7 +86,28 @@ MODEL = {
     "initializer_range": 0.05,
     "tie_word_embeddings": True,
 }
+
+
+class Frozen(Plugin):
+    """Owns ``build_model``: parameters whose name has one of ``words`` in it do not train."""
+
+    def __init__(self, *words):
+        super().__init__()
+        self.words = words
+
+    def freeze(self, model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(word in name for word in self.words))
+
+    @hookimpl
+    def build_model(self, config):
+        model = Llama(config)
+        self.freeze(model)
+        return model
+
+
 AXES = {
+    "cut": {},  # along pp, with a pipeline that the test gives
     "tp": {"tensor_parallel": {}},
     "tp + sp": {"tensor_parallel": {"sequence_parallel": True}},
     **{name: {"pipeline": {"schedule": name}} for name in ("1f1b", "interleaved_1f1b", "zb_h1", "zbv")},
