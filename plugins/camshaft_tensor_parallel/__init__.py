@@ -1,5 +1,21 @@
 """Tensor parallel: matrix products divided over ``tp`` (Shoeybi et al., arXiv:1909.08053), with the sequence divided
 between them (Korthikanti et al., arXiv:2205.05198).
+
+A plan, the model's own and then the recipe's, gives modules a style (``camshaft_tensor_parallel.styles``). Each rank
+has a box of every parameter, a plain tensor that starts from the values that one process gives it. Both tables and the
+cross-entropy are divided by vocabulary, so no rank has full logits. Dropout modules draw as one process does.
+
+Invariant: gradients, norm and weights are those of one process; what several ranks have is bit-equal on them.
+
+With N ranks, L layers, T tokens of h values in a microbatch and P parameters: P/N parameters, beside norms, row biases
+and shared key/value heads; activations inside of regions over N, and with ``sequence_parallel`` those between regions
+too. Sent a rank and microbatch, times (N-1)/N: 2 (4 L + 2) T h + 6 T, as all-reduces, or as gathers and scatters with
+``sequence_parallel``; in bf16 under bf16 autocast, but for the embedding's.
+
+``async`` needs links that work beside the processor, as GPUs have them: on a CPU the products wait for the same cores
+that move the messages, and it does not pay. Split backwards of a pipeline do not put its weight products off.
+
+Claims the layout of parameters and of activations, and the sum of gradients, on ``tp``. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -34,9 +50,11 @@ class Options(camshaft.Options):
     """Divide the tokens between regions: norms and dropout work on a rank's own, and a gather and a scatter take the
     place of each sum over ranks."""
     overlap: bool = Field(False, alias="async")
-    """Overlap gathers and scatters with the products next to them, in chunks along the tokens."""
+    """Overlap gathers and scatters with the products next to them, in one chunk of tokens for each rank. Needs
+    sequence_parallel; the numbers are the same, and on a CPU it does not pay."""
     plan: dict[str, str] = {}
-    """Glob over module names to style (region, column, row, ...), after the model's own plan and before it in rank."""
+    """Glob over module names to style, for a model's own modules; overrides the model's plan. Styles: region, column,
+    shared, row, embedding, logits, loss, inner, outer."""
 
 
 class Plugin(camshaft.Plugin):

@@ -2,7 +2,7 @@
 
 import tokenizers  # noqa: F401
 import torch._dynamo
-import torch.distributed.tensor.parallel
+import torch.distributed.tensor.parallel  # noqa: F401
 
 import camshaft.testing.record  # noqa: F401
 import camshaft_tensor_parallel.sharding  # noqa: F401
