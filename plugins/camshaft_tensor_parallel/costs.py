@@ -3,7 +3,8 @@
 T tokens of a microbatch, N ranks, widths c (of products) and p (of parameters): each region and each row product
 changes between h values a token on every rank and sums over ranks, once in forward and once in backward. Without
 sequence parallel that is one all-reduce for each, 2 (N-1)/N T h c bytes; with it a gather and a scatter, each of
-(N-1)/N T h c bytes: the same. A layer has two of both: four all-reduces a microbatch.
+(N-1)/N T h c bytes: the same. A layer has two of both: four all-reduces a microbatch. With ``async`` a region's gathers
+and scatters go as messages (``all_to_all``) of the same bytes; they are counted as what they stand for.
 """
 
 from __future__ import annotations
