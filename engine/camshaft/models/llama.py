@@ -102,7 +102,8 @@ class Llama(nn.Module):
         Of a stage that is not the last: the hidden states [b, s, hidden_size] that it ends with.
         """
         span = None if batch.stage is None else self.spans[batch.stage]
-        hidden: Tensor = self.model(batch.tokens, batch.positions, batch.document, batch.hidden, span)
+        place = () if span is None else (batch.hidden, span)  # a decoder of one's own need not know of stages
+        hidden: Tensor = self.model(batch.tokens, batch.positions, batch.document, *place)
         if span is not None and not span.last:
             return hidden
         loss: Tensor = self.loss(self.lm_head(hidden), batch.labels)
