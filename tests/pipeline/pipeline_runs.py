@@ -3,6 +3,7 @@
 import torch
 
 from camshaft.data import prepare
+from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks
@@ -54,7 +55,7 @@ def recipe(make_recipe, world_size, pipeline=None, *, model=None, optimizer=ADAM
     data = world_size // ranks if pipeline is not None else world_size
     if data == 1:
         plugins["ddp"] = None
-    chosen = {"training": {"max_steps": 4, "log_every": 1}, "batch": {"micro_batch_size": 1, "global_batch_size": 8}}
+    chosen = {"training": {"max_steps": 3, "log_every": 1}, "batch": {"micro_batch_size": 1, "global_batch_size": 8}}
     extra = sections.pop("plugins", {})
     return make_recipe({**plugins, **extra}, world_size, model=MODEL | (model or {}), **(chosen | sections))
 
@@ -72,3 +73,6 @@ def assert_equal(resolved, world_size, wanted, observers=None, bounds=EXACT):
     for other in ranks[1:]:
         assert_bit_equal(ranks[0], other)
     return ranks
+
+
+__all__ = ["Plugin", "assert_bit_equal", "assert_within", "compare", "hookimpl", "record_ranks"]

@@ -95,26 +95,24 @@ def test_the_drawings_of_a_measured_step(make_recipe):
 
 
 PRECISION = {
-    "autocast": ({"compute": "bf16"}, "bf16", None),
-    "bf16-parameters": ({"compute": "bf16", "parameters": "bf16"}, "bf16", "bf16"),
-    "fp16": ({"compute": "fp16", "initial_loss_scale": 1024.0}, "fp16", None),
-    "fp32": ({"compute": "fp32"}, "fp32", None),
+    "autocast": {"compute": "bf16"},
+    "bf16-parameters": {"compute": "bf16", "parameters": "bf16"},
+    "bf16-parameters-fp32-sums": {"compute": "bf16", "parameters": "bf16", "gradients": "fp32"},
+    "fp16": {"compute": "fp16", "initial_loss_scale": 1024.0},
 }
 NARROW = {"loss": 1e-3, "norm": 5e-3, "weights": 1e-2}
-CLOSE = {"gradients": 1e-4, "norm": 2e-6, "weights": 1e-5, "optimizer": 1e-5, "loss": 2e-6}
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "zbv"])
+@pytest.mark.parametrize("schedule", ["zb_h1", "zbv"])
 @pytest.mark.parametrize("name", PRECISION)
 def test_other_dtypes(make_recipe, name, schedule):
-    options, compute, parameters = PRECISION[name]
-    chosen = {"plugins": {"precision": options}}
+    chosen = {"plugins": {"precision": PRECISION[name]}}
     resolved = runs.recipe(make_recipe, 1, **chosen)
     one = record_ranks(resolved, 1)[0]
     ranks = record_ranks(runs.recipe(make_recipe, 2, {"schedule": schedule}, **chosen), 2)
-    runs.assert_within(runs.compare(ranks[0], one), CLOSE if compute == "fp32" else NARROW)
+    runs.assert_within(runs.compare(ranks[0], one), NARROW)
     runs.assert_bit_equal(*ranks)
-    assert parameters is None or ranks[0][-1].weights["model.norm.weight"].dtype == torch.float32
+    assert ranks[0][-1].weights["model.norm.weight"].dtype == torch.float32, "masters are wide"
 
 
 class Fails(Plugin):
