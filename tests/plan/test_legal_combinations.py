@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from camshaft.cli import run
+from camshaft.errors import RecipeError
 from camshaft.recipe import check, load
 
 DATA = {
@@ -150,6 +151,15 @@ def test_a_degree_without_its_plugin_and_a_plugin_without_its_degree(tmp_path, a
     assert (
         problem.key == f"plugins.{plugin}" and f"parallel.{axis}=2" in problem.fix and f"'{plugin}'" in problem.message
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "home"),
+    [("tensor_parallel=2", "parallel.tensor_parallel"), ("tensor_parallel={}", "plugins.tensor_parallel")],
+)
+def test_a_name_that_is_a_degree_and_a_plugin_is_told_by_its_value(tmp_path, change, home):
+    with pytest.raises(RecipeError, match=f"it belongs to '{home.split('.')[0]}'. Fix: set {home} instead"):
+        load(write(tmp_path, "ddp"), [change])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from camshaft.recipe.suggest import nearest
 MOST = 200
 """Errors of one section that are told; nobody reads more, and each costs a search for the right name."""
 
-Elsewhere = Callable[[str, str], str | None]
-"""(unknown key, its section) to where it could belong, or None."""
+Elsewhere = Callable[[str, str, Any], str | None]
+"""(unknown key, its section, its value) to where it could belong, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class _Translator:
         models = [model for model in models if model.__name__ == branch] or models
         names = [key for model in models for key in keys_of(model)]
         meant = nearest(name, names)
-        home = self.elsewhere(name, section)
+        home = self.elsewhere(name, section, error.value)
         message = f"unknown key '{show_key(name)}'"
         if home and home.rsplit(".", 1)[-1] == name:
             told = f"{message}: it belongs to '{_parent(home)}'", f"set {home} instead"

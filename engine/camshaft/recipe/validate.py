@@ -133,8 +133,10 @@ class _Elsewhere:
         for name, options in plugins.items():
             self.sections[join(PLUGINS, name)] = options
 
-    def __call__(self, key: str, section: str) -> str | None:
-        if not section and key in host.installed():
+    def __call__(self, key: str, section: str, value: Any) -> str | None:
+        """``value`` tells a plugin's section, a mapping, from a core section's key that is called the same."""
+        plugin = not section and key in host.installed()
+        if plugin and (isinstance(value, dict) or not any(key in faults.keys_of(each) for each in self._core())):
             return join(PLUGINS, key)
         others = {name: model for name, model in self.sections.items() if name != section}
         for name, model in others.items():
@@ -146,6 +148,9 @@ class _Elsewhere:
                 if abs(len(known) - len(key)) <= limit and distance(key, known) <= limit:
                     return join(name, known)
         return None
+
+    def _core(self) -> list[type[BaseModel]]:
+        return [model for name, model in self.sections.items() if not name.startswith(f"{PLUGINS}.")]
 
 
 def _without_echoes(problems: list[Problem], document: Document) -> list[Problem]:
