@@ -43,3 +43,23 @@ def test_boxes_are_views_of_the_buffer() -> None:
     held.boxes[1, 0].fill_(-1)
     assert buffer[6:12].eq(-1).all()
     assert buffer[5] == 5
+
+
+def test_stretches_of_a_rectangle_are_moved_to_where_it_is() -> None:
+    buffer = torch.arange(20.0)
+    held = Divided((9, 8), buffer.dtype)
+    held.add(2, buffer[:7], ((4, 5), (4, 3)))  # of rows 4 to 7, columns 5 to 7
+    assert {begin: box.tolist() for begin, box in held.boxes.items()} == {
+        (4, 7): [[0.0]],
+        (5, 5): [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]],
+    }
+
+
+def test_a_rank_without_a_share_has_no_box_unless_there_is_nothing_to_share() -> None:
+    nothing = torch.empty(0)
+    held = Divided((13, 7), nothing.dtype)
+    held.add(0, nothing, ((0, 0), (0, 7)))
+    assert held.boxes == {}
+    held = Divided((0, 4), nothing.dtype)
+    held.add(0, nothing, ((0, 0), (0, 4)))
+    assert list(held.boxes) == [(0, 0)]

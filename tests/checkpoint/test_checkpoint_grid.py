@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_copies_are_shared_out_among_the_ranks_that_have_them(tmp_path: Path) ->
     index = json.loads((folder(tmp_path, 3) / "index.json").read_bytes())["tensors"]
     writers = {name: {piece["file"] for piece in entry["pieces"]} for name, entry in index.items()}
     assert all(len(files) <= 4 for name, files in writers.items() if SHARED in name), writers
-    copied = [files for name, files in writers.items() if name.split(".")[1] in ("scale", "unused", "up")]
+    copied = [files for name, files in writers.items() if name.startswith(("model.up", "optimizer.up.weight.exp"))]
     assert len(set.union(*copied)) > 2
 
 
@@ -278,9 +279,7 @@ def test_grids_that_do_not_make_up_a_model_are_refused(tmp_path: Path, how: str,
 
 
 def _refused(rank: int, world_size: int, path: Path, grid: Grid) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        GridRun(path, rank, grid).load()
-    return str(caught.value)
+    return _refusal(GridRun(path, rank, grid).load)
 
 
 def test_the_file_of_a_missing_stage_is_named_with_what_it_holds(tmp_path: Path) -> None:
@@ -343,3 +342,32 @@ def test_dtensors_of_rectangles(tmp_path: Path) -> None:
         assert loaded.load()
         assert loaded.state.step == step
         assert differences(everything(straight.state), everything(loaded.state)) == []
+
+
+def _rows(rank: int, world_size: int, path: Path, kept: bool) -> str:
+    """State of one number a row, of a parameter whose rows are divided."""
+    run = GridRun(path, rank, GRIDS["tp2"])
+    if not kept:
+        return _refusal(run.load)
+    run.step()
+    for part in run.state.world.parts:
+        if part.pieces[0].name == "embed.weight":
+            run.state.optimizer.state[part.tensor]["rows"] = torch.zeros(part.tensor.shape[0])
+    return _refusal(lambda: run.plugin.post_step(run.state))
+
+
+def _refusal(work: Callable[[], Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        work()
+    return str(caught.value)
+
+
+def test_state_that_is_not_an_element_each_cannot_be_divided(tmp_path: Path) -> None:
+    for text in run_ranks(2, _rows, tmp_path, True):
+        assert "optimizer state 'rows' of 'embed.weight' has shape [2], which is neither one value nor one an" in text
+    whole = Run(tmp_path)
+    whole.step()
+    whole.state.optimizer.state[whole.model.embed.weight]["rows"] = torch.zeros(13)
+    whole.plugin.post_step(whole.state)
+    for text in run_ranks(2, _rows, tmp_path, False):
+        assert "optimizer.embed.weight.rows: is not shaped like its parameter, which is divided over ranks" in text
