@@ -150,11 +150,11 @@ class Parallel(Section):
     data_parallel_replicate: PositiveInt | None = None
     """Hybrid sharding: number of copies; derived as data_parallel / data_parallel_shard when absent."""
     pipeline_parallel: PositiveInt = 1
-    """Parts that the layers are split into."""
+    """Ranks that the layers are divided over, as `plugins.pipeline` says."""
     context_parallel: PositiveInt = 1
     """Parts that a sequence is split into."""
     tensor_parallel: PositiveInt = 1
-    """Parts that each matrix product is split into."""
+    """Ranks that each matrix product is divided over, as `plugins.tensor_parallel` says."""
 
 
 class Training(Section):
