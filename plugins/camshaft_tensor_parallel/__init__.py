@@ -12,8 +12,8 @@ and shared key/value heads; activations inside of regions over N, and with ``seq
 too. Sent a rank and microbatch, times (N-1)/N: 2 (4 L + 2) T h + 6 T, as all-reduces, or as gathers and scatters with
 ``sequence_parallel``; in bf16 under bf16 autocast, but for the embedding's.
 
-``async`` needs links that work beside the processor, as GPUs have them: on a CPU the products wait for the same cores
-that move the messages, and it does not pay. Split backwards of a pipeline do not put its weight products off.
+``async`` is made for links that work beside the processor, as GPUs have them. On a CPU the cores that multiply also
+move the messages: measure before keeping it. Split backwards of a pipeline do not put its weight products off.
 
 Claims the layout of parameters and of activations, and the sum of gradients, on ``tp``. This module imports no torch.
 """
@@ -51,7 +51,7 @@ class Options(camshaft.Options):
     place of each sum over ranks."""
     overlap: bool = Field(False, alias="async")
     """Overlap gathers and scatters with the products next to them, in one chunk of tokens for each rank. Needs
-    sequence_parallel; the numbers are the same, and on a CPU it does not pay."""
+    sequence_parallel; the numbers are the same. On a CPU, measure before keeping it."""
     plan: dict[str, str] = {}
     """Glob over module names to style, for a model's own modules; overrides the model's plan. Styles: region, column,
     shared, row, embedding, logits, loss, inner, outer."""
