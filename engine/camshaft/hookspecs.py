@@ -311,8 +311,8 @@ class RunHooks:
     @hookspec
     def state_dict(self, state: State) -> Mapping[str, Any]:
         """Collected. State of this plugin's own that a resumed run needs: numbers, strings, lists and dicts of
-        them (kept as JSON under the plugin's name). Equal on all ranks that have the same parameters: what differs along
-        ``pp`` is kept for each place there. Since hook API 1.
+        them (kept as JSON under the plugin's name). Equal on all ranks that have the same parameters: what differs
+        along ``pp`` is kept for each place there. Since hook API 1.
         """
         raise AssertionError
 
