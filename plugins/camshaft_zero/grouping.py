@@ -103,6 +103,15 @@ def by_module(items: Sequence[Item], lists: Collection[str], patterns: Sequence[
     return _join(filled, least)
 
 
+def settle_nesting(groups: Sequence[tuple[Group, Collection[int]]]) -> None:
+    """Of groups that were made stage by stage, given with their stages: which have units of another set inside."""
+    for group, stages in groups:
+        group.encloses = group.encloses or any(
+            other is not group and not set(stages).isdisjoint(others) and _inside(other.name, group.name)
+            for other, others in groups
+        )
+
+
 def _modules(items: Sequence[Item]) -> list[str]:
     """Names of all modules with parameters inside, parents before children, in the order of their first parameter."""
     found: dict[str, None] = {"": None}

@@ -14,7 +14,7 @@ from camshaft.stages import Stages, stages_of
 from camshaft_zero.costs import summed_each
 from camshaft_zero.gatherer import Gatherer
 from camshaft_zero.grid import Grid
-from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, matches
+from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, matches, settle_nesting
 from camshaft_zero.provider import Storage
 from camshaft_zero.publisher import Publisher
 from camshaft_zero.reducer import Reducer
@@ -63,8 +63,12 @@ class Native(Storage):
             lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList)]
             least = int(options.unit_size_mb * 2**20 / size)
             self._check_patterns(model)
-            for stages, items in (*trained.items(), *frozen.items()):
-                groups += [(group, stages) for group in by_module(items, lists, options.units, least)]
+            for sets in (trained, frozen):
+                made = [
+                    (each, own) for own, items in sets.items() for each in by_module(items, lists, options.units, least)
+                ]
+                settle_nesting(made)
+                groups += made
         else:
             for stages, items in reversed(trained.items()):  # in the order of backward, as buckets are
                 groups += [(group, stages) for group in buckets(items, options.bucket_size_mb, size)]
