@@ -3,7 +3,8 @@
 Parameters, gradients and optimizer state are replicated on ``dp``. Gradients are views into flat buckets, filled in
 the order in which backward produces them; each bucket is summed over ``dp`` asynchronously while backward goes on,
 once a window, whatever the accumulation. The engine has divided the loss by the global weight before backward, so
-the sum is final: nothing is averaged here.
+the sum is final: nothing is averaged here. A bucket is of one pipeline stage: that of a stage whose last backward is
+over travels while the rank's other stages work.
 
 Invariant: after ``reduce`` every rank holds bit-equal gradients; a parameter that no rank used has none, as in one
 process. Memory: the gradients themselves (one copy), padded to 16 elements a parameter, and for a moment the fresh

@@ -9,6 +9,9 @@ the optimizer updates are this rank's stretches (``world.parts``), so that one f
 - Gradients too (stage 2): buckets are summed while backward goes on, and the full gradient is freed at once.
 - Parameters too (stage 3): a unit is gathered just before its forward and its backward, and freed after each.
 
+Where a rank has several pipeline stages, each unit is of one of them: a backward touches those of its own stage alone,
+and their sums travel while others work. Tensor parallel leaves rectangles of parameters, which are divided likewise.
+
 The engine has divided the loss by the global weight, so a gradient is a sum over ranks and microbatches: nothing is
 averaged. Invariant: copies on different ranks are bit-equal after each step; padding is 0 and in no norm.
 
