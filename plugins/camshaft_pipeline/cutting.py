@@ -58,6 +58,14 @@ def cut(world: World, model: Module, split: Split, placement: Sequence[int]) -> 
             _borrow(model, tie)
     model.spans = own  # type: ignore[assignment]  # the protocol's dict, not a submodule
     world.stages = {name: stages[name] for name, _ in model.named_parameters()}
+    if not world.stages:
+        raise RecipeError(
+            Problem(
+                f"no parameter is in the stages {sorted(own)} of rank {rank} along pp",
+                key=KEY,
+                fix="give it a layer that has parameters",
+            )
+        )
     world.makes_loss = len(placement) - 1 in own
     return ties
 

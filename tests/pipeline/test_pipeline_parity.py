@@ -24,3 +24,14 @@ def test_every_schedule(make_recipe, schedule, world_size):
     wanted = runs.reference(runs.recipe(make_recipe, 1, model=model, optimizer=optimizer), build)
     chosen = runs.recipe(make_recipe, world_size, {"schedule": schedule}, model=model, optimizer=optimizer)
     runs.assert_equal(chosen, world_size, wanted)
+
+
+def test_a_short_last_window(make_recipe):
+    """235 documents in windows of 40: the last one has 35, so its last microbatch has no token that counts."""
+    sections = {
+        "training": {"max_epochs": 1, "log_every": 1},
+        "batch": {"micro_batch_size": 5, "global_batch_size": 40},
+    }
+    wanted = runs.reference(runs.recipe(make_recipe, 1, **sections))
+    assert len(wanted) == 6
+    runs.assert_equal(runs.recipe(make_recipe, 2, {"schedule": "zb_h1"}, **sections), 2, wanted)

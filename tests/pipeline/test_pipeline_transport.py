@@ -47,7 +47,7 @@ def unequal(rank, world_size):
 
 
 def test_messages_of_unequal_lengths_fail_at_their_time_out():
-    with pytest.raises(RankFailed, match="(?s)Timed out|closed"):
+    with pytest.raises(RankFailed, match=r"(?s)Timed out|closed"):
         run_ranks(2, unequal)
 
 
