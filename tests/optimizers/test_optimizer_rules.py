@@ -53,7 +53,8 @@ ROLES |= {"experts": "matrix", "norm.weight": "norm", "norm.bias": "bias", "lm_h
 def world(model, parts=None):
     policy = SimpleNamespace(master=next(model.parameters()).dtype)
     chosen = whole_parts(model, ROLES) if parts is None else parts
-    return SimpleNamespace(parts=chosen, policy=policy, device=CPU, roles=ROLES)
+    mesh = SimpleNamespace(degree=lambda axis: 1)
+    return SimpleNamespace(parts=chosen, policy=policy, device=CPU, roles=ROLES, mesh=mesh)
 
 
 def build(plugin, model, parts=None):
