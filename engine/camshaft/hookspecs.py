@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Forward = Callable[["Batch"], "Tensor"]
 Step = Callable[[], None]
+Shapes = tuple["ParameterShape", ...]
 LogRecord = Mapping[str, float | int]
 
 
@@ -51,9 +52,7 @@ class BuildHooks:
         raise AssertionError
 
     @hookspec
-    def shapes(
-        self, context: PlanContext, parameters: tuple[ParameterShape, ...], rank: int
-    ) -> Iterable[ParameterShape] | None:
+    def shapes(self, context: PlanContext, parameters: Shapes, rank: int) -> Iterable[ParameterShape] | None:
         """Chain. Return what ``rank`` has of ``parameters``: those of its stages, in the shapes of its boxes.
 
         Each plugin gets what the one before it returned, first of all the whole model; None leaves it as it is. Called
