@@ -33,17 +33,15 @@ class Plugin(camshaft.Plugin):
     """Global gradient norm, and clipping by it."""
 
     Options = Options
-    _clipper: Clipper
+    _clipper: Clipper | None = None
 
     @camshaft.hookimpl
-    def bind(self, state: State) -> None:
-        """Everything is known of the parts but how they will be split."""
-        from camshaft_clip.norm import Clipper
-
-        world = state.world
-        self._clipper = Clipper(world.parts, self.options.max_norm, master=world.policy.master, device=world.device)
-
-    @camshaft.hookimpl
-    def clip(self) -> Tensor:
+    def clip(self, state: State) -> Tensor:
         """Scale gradients in place; return the norm before."""
-        return self._clipper()
+        world, clipper = state.world, self._clipper
+        if clipper is None or clipper.parts is not world.parts:  # libraries divide them as late as in their `bind`
+            from camshaft_clip.norm import Clipper
+
+            clipper = Clipper(world.parts, self.options.max_norm, master=world.policy.master, device=world.device)
+            self._clipper = clipper
+        return clipper()

@@ -23,7 +23,7 @@ class Clipper:
     """
 
     def __init__(self, parts: Parts, max_norm: float | None, *, master: torch.dtype, device: torch.device) -> None:
-        self._parts, self._max_norm, self._device = parts, max_norm, device
+        self.parts, self._max_norm, self._device = parts, max_norm, device
         self._wide = torch.float64 if master == torch.float64 else torch.float32
         self._version = -1
         self._spans: list[tuple[Part, Spans]] = []
@@ -36,7 +36,7 @@ class Clipper:
         norm and coefficient are then equal in every bit on all of them.
         """
         norm = self.norm()
-        gradients = [tensor.grad for tensor in self._parts.tensors if tensor.grad is not None]
+        gradients = [tensor.grad for tensor in self.parts.tensors if tensor.grad is not None]
         if self._max_norm is not None and gradients:
             coefficient = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
             # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
@@ -52,9 +52,9 @@ class Clipper:
         their squares are summed over the mesh axes that they are sharded on, one reduction for each distinct layout.
         Without any gradient it is 0.
         """
-        everyone = self._parts.everyone
+        everyone = self.parts.everyone
         if everyone is None or everyone.size == 1:
-            return self._norm_here([tensor.grad for tensor in self._parts.tensors if tensor.grad is not None])
+            return self._norm_here([tensor.grad for tensor in self.parts.tensors if tensor.grad is not None])
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for copies, members in self._by_copies().items():
             total += _square(members).div_(copies)
@@ -71,9 +71,9 @@ class Clipper:
 
     def _by_copies(self) -> dict[int, list[Tensor]]:
         """Gradients, or stretches of them, by how many ranks hold the same."""
-        if self._version != self._parts.version:
-            self._version = self._parts.version
-            self._spans = [(part, tuple(_spans(part))) for part in self._parts]
+        if self._version != self.parts.version:
+            self._version = self.parts.version
+            self._spans = [(part, tuple(_spans(part))) for part in self.parts]
         found: dict[int, list[Tensor]] = {}
         for part, spans in self._spans:
             gradient = part.tensor.grad
