@@ -18,7 +18,7 @@ quickstart: venv
 	@$(BIN)/camshaft train recipes/quickstart.yaml $(QUICKSTART_ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: venv
 	$(BIN)/ruff check .
