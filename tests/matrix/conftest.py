@@ -4,7 +4,7 @@ import pytest
 import tokenizers  # noqa: F401
 import torch._dynamo
 import torch._inductor  # noqa: F401
-from matrix_cases import FULL, everything, promised
+from matrix_cases import CASES, FULL, everything, promised
 from matrix_page import PAGE, render
 from matrix_runs import refusal
 
@@ -20,9 +20,9 @@ def results():
 
 @pytest.fixture
 def page(make_recipe, results):
-    """Where a test puts what it measured; when the last combination of the full set is there, the page is written."""
+    """Where a test puts what it measured; when the last combination of a full set is there, the page is written."""
     yield results
     wanted = everything()
-    if FULL and results.keys() >= {each for each in wanted if promised(each)}:
+    if FULL and results.keys() >= set(CASES):
         refused = {each: refusal(make_recipe, each) for each in wanted if not promised(each)}
         PAGE.write_text(render(results, refused), encoding="utf-8")

@@ -7,8 +7,11 @@ import random
 from dataclasses import astuple, dataclass
 from itertools import combinations, product
 
-FULL = os.environ.get("CAMSHAFT_FULL_MATRIX") == "1"
-"""Whether every combination runs, and the page of results is written; else a sample that covers every pair."""
+FULL = os.environ.get("CAMSHAFT_FULL_MATRIX", "")
+"""``1``: all on up to ``FEW`` ranks, and of larger ones those of the sample; ``every``: all of them; both write the
+page of results. Else a sample runs, which covers every pair.
+"""
+FEW = 4
 
 SEED = 23
 BATCH, STEPS, ACCUMULATION = 12, 8, 3
@@ -140,6 +143,12 @@ def cost(combination: Combination) -> float:
     return (4 + combination.ranks + combination.ranks**2 / 10) * (1 if combination.compute == "fp64" else 1.2)
 
 
+def measured() -> list[Combination]:
+    """Promised combinations that the page has, at least: all on few ranks, and those of the sample on more."""
+    drawn = set(sample())
+    return [each for each in everything() if promised(each) and (each.ranks <= FEW or each in drawn)]
+
+
 def sample(seed: int = SEED) -> list[Combination]:
     """Promised combinations that have every pair of values among them, few ranks preferred; equal for equal seeds."""
     left = [each for each in everything() if promised(each)]
@@ -151,6 +160,10 @@ def sample(seed: int = SEED) -> list[Combination]:
         chosen.append(best)
         wanted -= pairs(best)
     return sorted(chosen)
+
+
+CASES = {"": sample, "1": measured, "every": lambda: [each for each in everything() if promised(each)]}[FULL]()
+"""What is trained."""
 
 
 def plugins(combination: Combination) -> dict[str, object]:

