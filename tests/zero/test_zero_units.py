@@ -128,3 +128,14 @@ def test_what_has_no_effect_on_this_model_ends_the_run(make_recipe, row, options
 def test_one_bucket_is_fine_where_nobody_asked_for_overlap(make_recipe):
     records = train(make_recipe, "1", 2, 3, steps=STEPS, bucket_size_mb=100)[0]
     assert_parity(records, reference(make_recipe, steps=STEPS), "fp64")
+
+
+@pytest.mark.parametrize(
+    ("count", "largest_mb", "per_bucket"),
+    [(32, 25, 8), (200, 25, 25), (8, 25, 4), (2, 25, 2), (32, 2, 2)],
+)
+def test_a_model_of_few_buckets_is_cut_into_shares(count, largest_mb, per_bucket):
+    """Parameters of 1 MiB: at least four buckets, but none below 4 MiB for that, and never above what was asked for."""
+    items = [grouping.Item(f"p{number}", 2**18, (f"p{number}",)) for number in range(count)]
+    found = grouping.buckets(items, largest_mb, 4)
+    assert len(found[0].items) == per_bucket and sum(len(group.items) for group in found) == count
