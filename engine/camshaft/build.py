@@ -1,7 +1,7 @@
 """Building a run: every phase in its fixed order, each plugin in recipe order, each change checked.
 
-``plan`` (before this, without torch) -> precision -> rewrite -> build_model (meta) -> split -> shard_compute ->
-recompute -> compile_model -> shard_storage -> materialize -> optimizer -> schedule -> bind
+``plan`` (before this, without torch) -> precision -> kernels -> rewrite -> build_model (meta) -> split ->
+shard_compute -> recompute -> compile_model -> shard_storage -> materialize -> optimizer -> schedule -> bind
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from camshaft.errors import PluginError
 from camshaft.host import Host
 from camshaft.masters import Masters, whole_parts
 from camshaft.models.config import ModelConfig
+from camshaft.ops import Kernel
 from camshaft.program import Action, window_program
 from camshaft.state import Policy, State, World
 
@@ -51,6 +52,7 @@ def build(
     precision = host.owner("precision")
     if precision is not None:
         world.policy = _expect(precision[0], "precision", precision[1](world), Policy)
+    world.kernels = _kernels(host, world)
     config = _rewrite(host, world, config)
     model = _model(host, world, config)
     world.roles = roles(model)
@@ -70,6 +72,14 @@ def build(
     return state, window_program(host, world.mesh.shape, world.rank, world.batch.accumulation)
 
 
+def _kernels(host: Host, world: World) -> list[Kernel]:
+    return [
+        _expect(name, "kernels", kernel, Kernel)
+        for name, function in host.implementations("kernels")
+        for kernel in function(world)
+    ]
+
+
 def _rewrite(host: Host, world: World, config: ModelConfig) -> ModelConfig:
     for name, function in host.implementations("rewrite"):
         changed = function(world, config)
@@ -84,7 +94,7 @@ def _model(host: Host, world: World, config: ModelConfig) -> Module:
         if owner is None:
             from camshaft.models.llama import Llama
 
-            model: Module = Llama(config)
+            model: Module = Llama(config, world.ops)
         else:
             model = _expect(owner[0], "build_model", owner[1](world, config), Module)
     splitter = host.owner("split")

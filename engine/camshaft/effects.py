@@ -15,8 +15,11 @@ from camshaft.host import Host
 from camshaft.state import State
 
 LATER = frozenset(
-    {"plan", "shapes", "estimate", "handlers", "inert", "state_dict", "load_state_dict", "post_load", "close"}
-)
+    {
+        "plan", "shapes", "activations", "estimate", "kernels", "handlers", "inert", "state_dict", "load_state_dict",
+        "post_load", "close",
+    }
+)  # fmt: skip
 """Hooks that change nothing, or that need never run. Records are logged and checkpoints saved by every run that
 ends.
 """

@@ -24,18 +24,21 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
+    from camshaft.activations import Kept
     from camshaft.claims import Plan, PlanContext
     from camshaft.data.loader import Batch
     from camshaft.estimate import Estimate, Sizes
     from camshaft.mesh import MeshShape
     from camshaft.models.config import ModelConfig
     from camshaft.models.shapes import ParameterShape
+    from camshaft.ops import Kernel
     from camshaft.program import Action, Kind
     from camshaft.state import Policy, State, World
 
 Forward = Callable[["Batch"], "Tensor"]
 Step = Callable[[], None]
 Shapes = tuple["ParameterShape", ...]
+Activations = tuple["Kept", ...]
 LogRecord = Mapping[str, float | int]
 
 
@@ -62,6 +65,15 @@ class BuildHooks:
         raise AssertionError
 
     @hookspec
+    def activations(self, context: PlanContext, sizes: Sizes, kept: Activations) -> Activations | None:
+        """Chain. Return what a forward keeps for its backward on rank ``sizes.rank``, changed; None leaves it.
+
+        The first plugin gets what the built-in model keeps without any plugin, of this rank's layers. Called by
+        ``plan`` alone, before ``estimate``. Must be pure and need no torch. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
     def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate | None:
         """Collected. Bytes on a rank and bytes that a rank sends in a step, for ``camshaft plan``; None: none.
 
@@ -80,8 +92,17 @@ class BuildHooks:
         raise AssertionError
 
     @hookspec
+    def kernels(self, world: World) -> Iterable[Kernel]:
+        """Collected. Implementations of operations (``camshaft.ops``) that this plugin offers, whether or not they can
+        be used in ``world``. Import what they need only when they are chosen. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
     def rewrite(self, world: World, config: ModelConfig) -> ModelConfig | None:
-        """Chain. Return a changed architecture before any module exists, or None to leave it. Since hook API 1."""
+        """Chain. Return a changed architecture before any module exists, or None to leave it; ``world.ops`` may be
+        changed here too. Since hook API 1.
+        """
         raise AssertionError
 
     @hookspec
@@ -265,7 +286,8 @@ class RunHooks:
 
         Called once, after the first step that a process runs; a reason on any rank stops the run on all. Without an
         implementation a plugin has had an effect if one of its hooks ran; those that run later, or only tell, do not
-        count: plan, shapes, estimate, handlers, state_dict, load_state_dict, post_load, close. Since hook API 1.
+        count: plan, shapes, activations, estimate, kernels, handlers, state_dict, load_state_dict, post_load, close.
+        Since hook API 1.
         """
         raise AssertionError
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from camshaft.masters import Masters
     from camshaft.mesh import Mesh
     from camshaft.models.config import ModelConfig
+    from camshaft.ops import Kernel, Ops
     from camshaft.parts import Box, Parts
     from camshaft.recipe.schema import Recipe
     from camshaft.rundir import RunDirectory
@@ -63,6 +64,12 @@ def _no_parts() -> Parts:
     return Parts(())
 
 
+def _torch_ops() -> Ops:
+    from camshaft.ops import Ops
+
+    return Ops()
+
+
 @dataclass(slots=True)
 class World:
     """What a run is built in. ``rank`` is global; ``device`` is this rank's; ``policy`` is set by the build."""
@@ -90,6 +97,13 @@ class World:
     """What an optimizer updates, of parameters that train; set by the owner of ``materialize``, else by the build."""
     stored: Parts = field(default_factory=lambda: _no_parts())
     """Parameters that do not train and are divided over ranks: they have no part that is updated."""
+    ops: Ops = field(default_factory=lambda: _torch_ops())
+    """Implementations that the model and the optimizer call; changed in ``rewrite`` alone."""
+    kernels: list[Kernel] = field(default_factory=list)
+    """Every implementation that an enabled plugin offers."""
+    scales_gradients: bool = False
+    """Whether the optimizer multiplies gradients by ``state.gradient_scale`` in its own pass over them; set by the
+    owner of ``optimizer``. The owner of ``clip`` may then leave that to it."""
     readable: bool = True
     """Whether every parameter of the model can be read where it is on this rank, outside of a forward, after
     ``settle()``."""
@@ -135,6 +149,9 @@ class State:
     loss_scale: Tensor | None = None
     """Factor on the loss in backward, a scalar on the device, which the owner of ``precision`` sets, and divides out in
     ``post_reduce``; None is 1."""
+    gradient_scale: Tensor | None = None
+    """Factor, a scalar on the device, that the optimizer has yet to multiply the gradients by, where
+    ``world.scales_gradients``; None is 1. Set in ``clip``, and None again after the step."""
     skipped: bool = False
     """True when the step just done changed no weight and no optimizer state: an owner (in ``around_step``) found its
     gradients unusable, on all ranks alike. The step is counted all the same, and its samples are consumed."""

@@ -28,6 +28,10 @@ class Plugin(camshaft.Plugin):
         return Plan(claims=(Claim("module.recompute", target="nothing.*"),))
 
     @hookimpl
+    def kernels(self):
+        return ()
+
+    @hookimpl
     def rewrite(self) -> None: ...
 
     @hookimpl

@@ -10,6 +10,7 @@ from camshaft.data.loader import Batch
 from camshaft.models.config import ModelConfig, RopeScaling
 from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
+from camshaft.ops import Ops
 
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
 
@@ -36,10 +37,10 @@ def odd(**changes) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
-def built(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 3) -> Llama:
+def built(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 3, ops: Ops | None = None) -> Llama:
     """On the CPU, with norms and biases away from 1 and 0, so that leaving one out shows."""
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config, ops)
     materialize(model, seed=seed, device="cpu", dtype=dtype)
     noise = torch.Generator().manual_seed(11)
     with torch.no_grad():

@@ -7,9 +7,11 @@ import torch
 from model_reference import SHAPES, batch, built, odd, packed, reference_loss
 from torch.func import functional_call
 
-from camshaft.models import layers, llama
+from camshaft import ops as operations
+from camshaft.models import llama
 from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
+from camshaft.ops import Ops, document_mask
 
 shapes = pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 
@@ -82,12 +84,11 @@ def test_one_document_equals_plain_causal_attention():
     close(model(data), plain)
 
 
-def test_the_mask_is_built_once_a_forward(monkeypatch):
+def test_the_mask_is_built_once_a_forward():
     calls = []
-    genuine = llama.document_mask
-    monkeypatch.setattr(llama, "document_mask", lambda document: calls.append(1) or genuine(document))
+    ops = Ops(document_mask=lambda document: calls.append(1) or document_mask(document))
     config = odd()
-    model = built(config)
+    model = built(config, ops=ops)
     model(packed(config))
     assert len(calls) == 1
     model(batch(config))
@@ -118,7 +119,7 @@ def test_masked_groups_equal_repeated_heads_where_the_kernel_has_no_groups(monke
     native, repeated = built(config), built(config)
     wanted = native(packed(config))
     wanted.backward()
-    monkeypatch.setattr(layers, "MASKED_GROUPS", frozenset())
+    monkeypatch.setattr(operations, "MASKED_GROUPS", frozenset())
     loss = repeated(packed(config))
     loss.backward()
     close(loss, wanted)

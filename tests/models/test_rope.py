@@ -8,8 +8,9 @@ from model_reference import LLAMA3, built, frequency, odd
 
 from camshaft.models.config import resolve
 from camshaft.models.init import materialize
-from camshaft.models.layers import RotaryEmbedding, inverse_frequencies, rotate
+from camshaft.models.layers import RotaryEmbedding, inverse_frequencies
 from camshaft.models.llama import Llama
+from camshaft.ops import rotate
 from camshaft.recipe.schema import Model
 
 

@@ -23,12 +23,15 @@ CODE = [path for top in ("engine", "plugins", "tools", "tests") for path in sort
 # A plugin's name is either a strategy's, which the core may not say, or a plain word that the core needs for itself.
 PLAIN_WORDS = {
     "checkpoint": "what the slots save and load are for",
+    "compile": "Python's own word for it, and the start of a phase",
     "clip": "the slot and the program's action CLIP",
     "console": "rich's class for a terminal",
     "deepspeed": "a launcher, and a package that doctor looks for",
     "jsonl": "a file format that the data reader knows",
+    "kernels": "a hook, and what it collects",
     "pipeline": "what an axis of the mesh and the stages of a model are for",
     "precision": "the slot",
+    "recompute": "a phase, and a resource",
     "tensor_parallel": "the recipe's key of an axis of the mesh",
 }
 STRATEGIES = {*NAMES, "adam", "fsdp", "zero1", "zero2", "zero3", "gpipe", "megatron", "muon", "lion", "cosine"} - {
@@ -114,12 +117,13 @@ def lines(path: Path) -> int:
 AREAS = {
     "recipe": ("recipe/", 2000),
     "machine": (("environment.py", "processes.py", "distributed.py", "rundir.py"), 1000),
-    "planning": (("claims.py", "estimate.py", "mesh.py", "effects.py"), 900),
+    "planning": (("claims.py", "estimate.py", "activations.py", "mesh.py", "effects.py"), 1000),
     "data movement": (
         ("parts.py", "boxes.py", "blocks.py", "masters.py", "comm.py", "comm_exchange.py", "exchange.py", "sums.py"),
         1250,
     ),
-    "core": ("", 2150),
+    "operations": (("ops.py",), 250),
+    "core": ("", 2250),
 }
 APART = ("models/", "data/", "testing/", "cli/")
 

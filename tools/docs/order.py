@@ -20,8 +20,9 @@ class Stage:
 BUILD = Stage(
     "Build",
     (
-        "plan", "shapes", "estimate", "precision", "rewrite", "build_model", "split", "shard_compute", "recompute",
-        "compile_model", "shard_storage", "materialize", "optimizer", "schedule", "handlers", "bind",
+        "plan", "shapes", "activations", "estimate", "precision", "kernels", "rewrite", "build_model", "split",
+        "shard_compute", "recompute", "compile_model", "shard_storage", "materialize", "optimizer", "schedule",
+        "handlers", "bind",
     ),
 )  # fmt: skip
 OPEN = Stage("Open", ("load", "load_state_dict", "post_load", "pre_run"))
@@ -38,7 +39,7 @@ FIRST = Stage("After step 1", ("inert",))
 SAVE = Stage("Save", ("save", "state_dict"))
 END = Stage("End", ("close",))
 
-PLAN_ONLY = frozenset({"shapes", "estimate"})
+PLAN_ONLY = frozenset({"shapes", "activations", "estimate"})
 """Hooks that ``camshaft plan`` calls, and a run does not."""
 
 RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, FIRST, SAVE, END) for name in stage.hooks)

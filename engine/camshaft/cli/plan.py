@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from camshaft.mesh import MeshShape
     from camshaft.recipe import Checked, Resolved
 
-PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_") and name not in ("shapes", "estimate"))
-"""Build hooks in the order in which a run calls them; ``shapes`` and ``estimate`` belong to this command alone."""
+PLAN_ONLY = ("shapes", "activations", "estimate")
+PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_") and name not in PLAN_ONLY)
+"""Build hooks in the order in which a run calls them; those of ``PLAN_ONLY`` belong to this command."""
 
 
 def register(app: typer.Typer) -> None:

@@ -12,17 +12,10 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camshaft.models.config import ModelConfig
-
-Rope = tuple[Tensor, Tensor]
-"""cos and signed sin of the angles of every token, each [b, s, 1, head_dim], fp32 or wider."""
-
-MASKED_GROUPS = frozenset({"cpu"})
-"""Device types whose attention takes grouped heads together with a mask. On CUDA only the kernel that stores all
-scores does (documentation of ``scaled_dot_product_attention``), so there the key and value heads are repeated."""
+from camshaft.ops import Ops, Rope
 
 
 class Linear(nn.Linear):
@@ -44,13 +37,16 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.RMSNorm):
     """Zhang and Sennrich 2019. torch computes the mean square in fp32 or wider; mixed dtypes are promoted first."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dimension; any shape."""
-        weight: Tensor = self.weight
-        if hidden.dtype != weight.dtype:
-            wide = torch.promote_types(hidden.dtype, weight.dtype)
-            hidden, weight = hidden.to(wide), weight.to(wide)
-        return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
+    def __init__(self, width: int, *, eps: float, ops: Ops | None = None) -> None:
+        super().__init__(width, eps=eps)
+        self.ops = ops or Ops()
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
+        """Normalise the last dimension; any shape. With ``residual``: (the norm of the sum of both, the sum)."""
+        assert self.eps is not None
+        if residual is None:
+            return self.ops.rms_norm(hidden, self.weight, self.eps)
+        return self.ops.add_rms_norm(hidden, residual, self.weight, self.eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -101,23 +97,12 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((cos, cos), -1).unsqueeze(2), torch.cat((-sin, sin), -1).unsqueeze(2)
 
 
-def rotate(heads: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
-    """Turn each pair (i, i + head_dim / 2) of ``heads`` [b, s, n, head_dim] by its token's angle; in ``dtype``."""
-    cos, sin = rope
-    swapped = heads.roll(heads.shape[-1] // 2, -1)
-    return torch.addcmul(heads * cos, swapped, sin).to(dtype)
-
-
-def document_mask(document: Tensor) -> Tensor:
-    """Bool [b, 1, s, s]: row i may look at column j if j is not later and in the same document; ``document`` [b, s]."""
-    return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
-
-
 class Attention(nn.Module):
     """Causal attention with grouped queries (Ainslie et al. 2023)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         std, bias, hidden = config.initializer_range, config.attention_bias, config.hidden_size
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -125,39 +110,29 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, keys, std, bias=bias)
         self.v_proj = Linear(hidden, keys, std, bias=bias)
         self.o_proj = Linear(queries, hidden, config.residual_std)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, ops=ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, ops=ops) if config.qk_norm else None
 
-    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
-        """``mask`` is None for plain causal attention, else bool [b, 1, s, s] with True where a token may look."""
+    def forward(self, hidden: Tensor, rope: Rope, mask: Any) -> Tensor:
+        """``mask`` is None for plain causal attention, else what ``ops.document_mask`` made of the documents."""
         split = (-1, self.head_dim)
         q = self.q_proj(hidden).unflatten(-1, split)
         k = self.k_proj(hidden).unflatten(-1, split)
         v = self.v_proj(hidden).unflatten(-1, split)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope, v.dtype), rotate(k, rope, v.dtype)
-        group = q.shape[2] // k.shape[2]
-        grouped = group > 1
-        if grouped and mask is not None and v.device.type not in MASKED_GROUPS:
-            k, v, grouped = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), False
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=grouped,
-        )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        q, k = self.ops.rope(q, k, rope, v.dtype)
+        mixed = self.ops.attention(q, k, v) if mask is None else self.ops.document_attention(q, k, v, mask)
+        out: Tensor = self.o_proj(mixed.flatten(2))
         return out
 
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         std, hidden, inner = config.initializer_range, config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(hidden, inner, std)
         self.up_proj = Linear(hidden, inner, std)
@@ -165,22 +140,24 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Each token on its own."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        out: Tensor = self.down_proj(self.ops.swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
         return out
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each normalised first and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        ops = ops or Ops()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ops=ops)
+        self.self_attn = Attention(config, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ops=ops)
+        self.mlp = MLP(config, ops)
 
-    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, rope: Rope, mask: Any) -> Tensor:
         """``rope`` and ``mask`` are made once a forward and shared by all layers."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask)
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        attended = self.self_attn(self.input_layernorm(hidden), rope, mask)
+        normed, hidden = self.post_attention_layernorm(attended, hidden)
+        out: Tensor = hidden + self.mlp(normed)
         return out

@@ -10,31 +10,31 @@ from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camshaft.models.config import ModelConfig
-from camshaft.models.layers import Block, Embedding, Linear, RMSNorm, RotaryEmbedding, document_mask
+from camshaft.models.layers import Block, Embedding, Linear, RMSNorm, RotaryEmbedding
 from camshaft.models.parallel import llama_plan
 from camshaft.models.roles import roles
 from camshaft.models.stages import LLAMA, Span
+from camshaft.ops import IGNORED, LinearCrossEntropy, Ops
 
 if TYPE_CHECKING:
     from camshaft.data.loader import Batch
 
-IGNORED = -100
-"""Label of a token that is not counted."""
+__all__ = ["IGNORED", "Decoder", "Llama", "TokenLoss", "widen"]
 
 
 class Decoder(nn.Module):
     """Embedding, layers and last norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
         self.rotary_emb = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, ops=ops)
 
     def forward(
         self,
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         if hidden is None:
             hidden = self.embed_tokens(tokens)
         rope = self.rotary_emb(positions, torch.promote_types(hidden.dtype, torch.float32))
-        mask = None if document is None else document_mask(document)
+        mask = None if document is None else self.ops.document_mask(document)
         for layer in self.layers if span is None else self._layers(span):
             hidden = layer(hidden, rope, mask)
         normed: Tensor = hidden if span is not None and not span.last else self.norm(hidden)
@@ -70,9 +70,25 @@ def widen(logits: Tensor) -> Tensor:
 class TokenLoss(nn.Module):
     """Sum of the tokens' cross-entropies, in fp32 or wider. Exactly 0 where no token is counted."""
 
+    def __init__(self, ops: Ops | None = None) -> None:
+        super().__init__()
+        self.ops = ops or Ops()
+
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """``logits`` [b, s, vocabulary], ``labels`` int64 [b, s] with -100 for tokens that are not counted."""
-        return F.cross_entropy(widen(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return self.ops.cross_entropy(logits, labels)
+
+
+class Head(Linear):
+    """The output projection. Given labels it goes on to the loss in one operation, where the table has one."""
+
+    def __init__(self, config: ModelConfig, fused: LinearCrossEntropy) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, config.initializer_range)
+        self.fused = fused
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of ``hidden`` [b, s, hidden_size], or with ``labels`` the sum of the token losses."""
+        return super().forward(hidden) if labels is None else self.fused(hidden, self.weight, labels)
 
 
 class Llama(nn.Module):
@@ -84,13 +100,18 @@ class Llama(nn.Module):
 
     pipeline = LLAMA
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
         super().__init__()
+        ops = ops or Ops()
         self.config = config
         self.spans: dict[int, Span] = {}
-        self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, config.initializer_range)
-        self.loss = TokenLoss()
+        self.model = Decoder(config, ops)
+        self.fused = ops.linear_cross_entropy is not None
+        if ops.linear_cross_entropy is None:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, config.initializer_range)
+        else:
+            self.lm_head = Head(config, ops.linear_cross_entropy)
+        self.loss = TokenLoss(ops)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
             self.register_state_dict_post_hook(_omit_tied)  # type: ignore[no-untyped-call]
@@ -106,6 +127,8 @@ class Llama(nn.Module):
         hidden: Tensor = self.model(batch.tokens, batch.positions, batch.document, *place)
         if span is not None and not span.last:
             return hidden
+        if self.fused:
+            return self.lm_head(hidden, batch.labels)  # type: ignore[no-any-return]
         loss: Tensor = self.loss(self.lm_head(hidden), batch.labels)
         return loss
 
