@@ -148,6 +148,7 @@ class Stepper:
                 group["lr"] = group["initial_lr"] * factor
         state.lr = groups[0]["lr"]
         self._step()
+        state.gradient_scale = None
         if state.skipped:
             state.grad_norm = None  # of gradients that nothing used; not finite, while the run is sound
         elif self._masters is not None:

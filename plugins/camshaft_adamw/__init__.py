@@ -2,12 +2,14 @@
 
 Weight decay applies to matrices and embeddings; norms and biases get none, by the role of a parameter, not by the
 number of dimensions of whatever shard of it is at hand. Memory: two values a parameter, in the parameter's dtype.
+Where another implementation was chosen for it (``world.ops.updates``), the coefficient of `clip` is a factor in its
+update, and takes no pass of its own.
 Claims nothing: any layout of parameters that keeps them element by element works.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-    from camshaft.state import World
+    from camshaft.hookspecs import Step
+    from camshaft.state import State, World
 
 
 class Options(camshaft.Options):
@@ -61,11 +64,30 @@ class Plugin(camshaft.Plugin):
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:
         """Two groups of the parameters that train: with decay and without."""
-        import torch
+        from torch.optim import AdamW
 
         from camshaft.models.groups import decay_groups
 
         options = self.options
         groups = decay_groups(world.parts, options.weight_decay, decay_embeddings=options.decay_embeddings)
         beta1, beta2 = options.betas
-        return torch.optim.AdamW(groups, lr=options.lr, betas=(beta1, beta2), eps=options.eps, fused=True)
+        update = world.ops.updates.get("adamw")
+        if update is None:
+            return AdamW(groups, lr=options.lr, betas=(beta1, beta2), eps=options.eps, fused=True)
+        from camshaft_adamw.optimizer import UpdateAdamW
+
+        world.scales_gradients = True
+        return UpdateAdamW(groups, update, lr=options.lr, betas=(beta1, beta2), eps=options.eps)
+
+    @camshaft.hookimpl
+    def around_step(self, state: State, call: Step) -> Step:
+        """Give the clip coefficient to an optimizer that multiplies by it; else leave the step as it is."""
+        optimizer: Any = state.optimizer
+        if not state.world.scales_gradients:
+            return call
+
+        def step() -> None:
+            optimizer.scale = state.gradient_scale
+            call()
+
+        return step

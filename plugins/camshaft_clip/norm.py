@@ -36,13 +36,24 @@ class Clipper:
         norm and coefficient are then equal in every bit on all of them.
         """
         norm = self.norm()
-        gradients = [tensor.grad for tensor in self.parts.tensors if tensor.grad is not None]
-        if self._max_norm is not None and gradients:
-            coefficient = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
-            # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
-            if not (coefficient.is_cpu and bool(coefficient == 1.0)):
-                torch._foreach_mul_([_local(gradient) for gradient in gradients], coefficient)
+        coefficient = self.coefficient(norm)
+        if coefficient is not None:
+            self.scale(coefficient)
         return norm
+
+    def coefficient(self, norm: Tensor) -> Tensor | None:
+        """Factor on all gradients that limits ``norm``, a scalar on its device; None where it is known to be 1."""
+        if self._max_norm is None:
+            return None
+        coefficient = torch.clamp(self._max_norm / (norm + 1e-6), max=1.0)
+        # On a CPU looking costs nothing, and a pass over all gradients that multiplies by 1 is saved. NaN is not 1.
+        return None if coefficient.is_cpu and bool(coefficient == 1.0) else coefficient
+
+    def scale(self, coefficient: Tensor) -> None:
+        """Multiply every gradient by ``coefficient`` in place."""
+        gradients = [_local(tensor.grad) for tensor in self.parts.tensors if tensor.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, coefficient)
 
     def norm(self) -> Tensor:
         """L2 norm over the gradients of one copy of the model, each element counted once.

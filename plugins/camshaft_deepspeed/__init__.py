@@ -109,6 +109,7 @@ class Plugin(camshaft.Plugin):
         from camshaft_deepspeed.divided import Divided
         from camshaft_deepspeed.replicated import Replicated
 
+        state.world.scales_gradients = False  # DeepSpeed steps with an optimizer that knows nothing of it
         channel = state.world.mesh.channel(self.name, "dp")
         if self.options.stage == 0:
             self._engine = Replicated(state, self._config, channel)

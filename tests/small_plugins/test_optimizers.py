@@ -10,6 +10,7 @@ from camshaft.build import roles
 from camshaft.errors import RecipeError
 from camshaft.masters import whole_parts
 from camshaft.models.groups import decay_groups
+from camshaft.ops import Ops
 from camshaft_adamw import Options as AdamWOptions
 from camshaft_adamw import Plugin as AdamW
 from camshaft_sgd import Options as SGDOptions
@@ -74,7 +75,7 @@ def test_roles_of_a_foreign_model_fall_back_to_dimensions():
 )
 def test_options_reach_torch(plugin, kind):
     model = Small()
-    optimizer = plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES)), model)
+    optimizer = plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES), ops=Ops()), model)
     assert isinstance(optimizer, kind)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     assert all(group["lr"] == 1e-3 and group["fused"] for group in optimizer.param_groups)
@@ -90,7 +91,7 @@ def test_options_reach_torch(plugin, kind):
 def test_adamw_decays_embeddings_only_when_told(decays, expected):
     model = Small()
     plugin = AdamW(AdamWOptions(lr=1e-3, weight_decay=0.2, decay_embeddings=decays))
-    optimizer = plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES)), model)
+    optimizer = plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES), ops=Ops()), model)
     assert names(model, optimizer.param_groups[0]) == expected
 
 
@@ -117,7 +118,7 @@ def test_a_parameter_with_a_late_first_gradient_gets_its_momentum_as_in_torch(ne
 
     def ours(model):
         plugin = SGD(SGDOptions(lr=0.1, momentum=0.9, nesterov=nesterov))
-        return plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES)), model)
+        return plugin.optimizer(SimpleNamespace(parts=whole_parts(model, ROLES), ops=Ops()), model)
 
     def plain(model):
         return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False)
