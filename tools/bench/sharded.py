@@ -15,9 +15,21 @@ from tools.bench.peers import Job
 from tools.bench.processes import Block, Build, Ranks, alive
 from tools.bench.setup import Case, median_ratio, recipe_of, scratch
 
+SMALL: dict[str, object] = {
+    "preset": "llama-tiny",
+    "hidden_size": 288,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 48,
+}
+"""8 million parameters: 32 MB of gradients, more than one bucket."""
+
 CASES = (
-    Case("small", {"preset": "llama-tiny"}, 128, 8, 1, "bf16", steps=4, blocks=40),
-    Case("small-accumulated", {"preset": "llama-tiny"}, 128, 4, 4, "bf16", steps=2, blocks=40),
+    Case("tiny", {"preset": "llama-tiny"}, 128, 8, 1, "bf16", steps=4, blocks=40),
+    Case("tiny-accumulated", {"preset": "llama-tiny"}, 128, 4, 4, "bf16", steps=2, blocks=40),
+    Case("small", SMALL, 256, 4, 1, "bf16", steps=1, blocks=40),
     Case("larger", {"preset": "llama-small"}, 128, 4, 1, "bf16", steps=1, blocks=30),
 )
 OVERHEAD = (
