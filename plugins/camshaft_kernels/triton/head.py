@@ -1,0 +1,160 @@
+"""The output projection and the cross-entropy in one, in chunks of tokens, without the logits of all.
+
+A chunk's logits are made by torch's matrix product in a buffer that all chunks share; one kernel turns them into their
+gradient in place (``loss.loss_kernel``); two products add what they give to the gradients of the hidden states and of
+the weight. So the gradients of a loss of 1 exist after the forward, and the backward multiplies them by what comes to
+the loss. After Wijmans et al. 2024 (Cut Your Losses) and Hsu et al. 2024 (Liger), who take the same way.
+
+Kept: h elements a token, and vocabulary * h of the weight's gradient, in fp32 where chunks are added up in it.
+Besides, while it runs: one chunk's logits, at most ``CHUNK_BYTES``, where the plain form keeps tokens * vocabulary of
+them in two or three dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from camshaft_kernels.triton.launch import ceil_div, check, computed, rows
+from camshaft_kernels.triton.loss import losses_of
+
+CHUNK_BYTES = 1 << 30
+"""Logits at a time. The weight's gradient is read and written once a chunk: with chunks of a few thousand tokens that
+is little beside the products, with few hundreds it is most of the time."""
+
+ROUND = 128
+"""Chunks are multiples of so many tokens, which matrix products like."""
+
+HALF_GAIN = 1024.0
+"""fp16 gradients of logits are kept times this: at most 1 each, they would lose what is below 6e-8 otherwise."""
+
+
+def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:
+    """Tokens of a chunk: as even as multiples of ``ROUND`` allow, with logits of ``chunk_bytes`` if those do."""
+    most = max(chunk_bytes // (vocabulary * itemsize) // ROUND, 1) * ROUND
+    even = ceil_div(tokens, ceil_div(tokens, most))
+    return min(ceil_div(even, ROUND) * ROUND, tokens)
+
+
+def dtype_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """That of autocast where it is on, as the plain projection would have; else the wider of both."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def adds_wide(like: Tensor) -> bool:
+    """Whether torch's product of this dtype and device can be added to an fp32 matrix within the product."""
+    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    key = (like.device, like.dtype)
+    if key not in _ADDS_WIDE:
+        total, part = like.new_ones(16, 16, dtype=torch.float32), like.new_ones(16, 16)
+        try:
+            torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
+            _ADDS_WIDE[key] = bool((total == 17).all())
+        except (RuntimeError, TypeError):  # not every version takes an fp32 addend here
+            _ADDS_WIDE[key] = False
+    return _ADDS_WIDE[key]
+
+
+_ADDS_WIDE: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; with fp32 ``total`` no partial sum is rounded to the factors' dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif adds_wide(left):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif left.device.type == "cuda":
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def losses_and_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool], total: torch.dtype, chunk: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(Loss, the hidden states' gradient, the weight's in ``total``), gradients times ``gain_of(hidden.dtype)``.
+
+    ``hidden`` [n, h] and ``weight`` [vocabulary, h] of one dtype; ``wanted``: which of the gradients.
+    """
+    into_hidden = torch.empty_like(hidden) if wanted[0] else None
+    into_weight = torch.zeros(weight.shape, dtype=total, device=weight.device) if wanted[1] else None
+    logits = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    losses = []
+    for start in range(0, hidden.shape[0], chunk):
+        part = hidden[start : start + chunk]
+        made = logits[: part.shape[0]]
+        torch.mm(part, weight.t(), out=made)
+        answers = labels[start : start + chunk]
+        losses.append(losses_of(made, answers, in_place=any(wanted), gain=gain_of(hidden.dtype))[0])
+        if into_hidden is not None:
+            torch.mm(made, weight, out=into_hidden[start : start + chunk])
+        if into_weight is not None:
+            add_product(into_weight, made.t(), part)
+    loss = torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=computed(hidden.dtype))
+    return loss, into_hidden, into_weight
+
+
+def gain_of(dtype: torch.dtype) -> float:
+    """What gradients of logits of this dtype are multiplied by while they are kept in it."""
+    return HALF_GAIN if dtype == torch.float16 else 1.0
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+    """``gradient`` times ``factor``, rounded once, in memory of its own: a second backward finds it unchanged."""
+    if gradient is None:
+        return None
+    made = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor, out=made).view(shape)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """``linear_cross_entropy``, which has its gradients before it is asked for them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int) -> Tensor:
+        dtype = dtype_of_products(hidden, weight)
+        matrix, table = rows(hidden).to(dtype), weight.to(dtype)
+        tokens = matrix.shape[0]
+        chunk = chunk_tokens(tokens, weight.shape[0], dtype.itemsize, chunk_bytes) if tokens else 1
+        total = computed(dtype) if tokens > chunk else torch.promote_types(dtype, weight.dtype)
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        with torch.autocast(hidden.device.type, enabled=False):
+            flat = labels.reshape(-1).contiguous()
+            loss, *made = losses_and_gradients(matrix, table, flat, wanted, total, max(chunk, 1))
+        ctx.save_for_backward(*made)
+        ctx.gain = gain_of(dtype)
+        ctx.likes = [(tensor.dtype, tensor.shape) for tensor in (hidden, weight)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor = upstream / ctx.gain
+        made = (_scaled(gradient, factor, *like) for gradient, like in zip(ctx.saved_tensors, ctx.likes, strict=True))
+        return *made, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """Sum of the cross-entropies of ``hidden @ weight.T``: a scalar in fp32 or wider, 0 where no token is counted.
+
+    ``hidden`` [..., h], ``weight`` [vocabulary, h], ``labels`` int64 [...] with -100 for tokens that are not counted.
+    ``chunk_bytes``: how much memory the logits of one chunk may take.
+
+    Raises:
+        MachineError: kernels cannot run here.
+        ValueError: the shapes do not fit each other.
+    """
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+        shapes = ", ".join(str([*tensor.shape]) for tensor in (hidden, weight, labels))
+        raise ValueError(f"linear_cross_entropy takes [..., h], [vocabulary, h] and [...], not {shapes}")
+    check(hidden, weight, labels)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_bytes)  # type: ignore[no-untyped-call]
+    return loss
