@@ -21,9 +21,14 @@ OPTIMIZERS = {
 ZERO3 = {"ddp": None, "zero": {"stage": 3}}
 ZERO1 = {"ddp": None, "zero": {"stage": 1}}
 PLAIN = {"ddp": None}
+TP = {"ddp": None, "tensor_parallel": {"sequence_parallel": True}}
+PP = {"ddp": None, "pipeline": {}}
+DEGREES = {"tensor_parallel": 2, "pipeline": 2}
+EVEN = {"num_attention_heads": 4, "num_key_value_heads": 2}
+"""Heads that two ranks can share."""
 
 
-def recipe(make, optimizer, layout, world_size, steps, tmp_path, resume="auto"):
+def recipe(make, optimizer, layout, world_size, steps, tmp_path, resume="auto", model=None):
     plugins = {
         **layout,
         optimizer: OPTIMIZERS[optimizer],
@@ -38,6 +43,8 @@ def recipe(make, optimizer, layout, world_size, steps, tmp_path, resume="auto"):
         accumulation=2,
         training={"max_steps": steps, "log_every": 1},
         run={"dir": str(folder)},
+        parallel={f"{name.removesuffix('_parallel')}_parallel": DEGREES[name] for name in layout if name in DEGREES},
+        **({} if model is None else {"model": make({}).tree["model"] | model}),
     )
 
 
@@ -65,6 +72,29 @@ def test_a_run_goes_on_in_another_layout(make_recipe, tmp_path, optimizer, befor
     assert_within(compare(ranks[0], reference[6:]), BOUNDS)
     for other in ranks[1:]:
         assert_bit_equal(ranks[0], other)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before", "after"),
+    [
+        pytest.param("lamb", (2, TP), (1, PLAIN), id="lamb-tp-to-plain"),
+        pytest.param("lamb", (2, PP), (4, TP | ZERO3), id="lamb-pp-to-tp-zero3"),
+        pytest.param("muon", (4, TP | ZERO1), (2, PP), id="muon-tp-zero1-to-pp"),
+        pytest.param("muon", (1, PLAIN), (4, TP | PP), id="muon-plain-to-tp-pp"),
+        pytest.param("adafactor", (2, PP), (2, TP), id="adafactor-pp-to-tp"),
+    ],
+)
+def test_a_run_goes_on_where_the_model_itself_is_divided(make_recipe, tmp_path, optimizer, before, after):
+    straight = recipe(make_recipe, optimizer, PLAIN, 1, 12, tmp_path, model=EVEN)
+    prepare(straight)
+    (reference,) = record_ranks(straight, 1)
+    first = recipe(make_recipe, optimizer, before[1], before[0], 6, tmp_path, model=EVEN)
+    record_ranks(first, before[0])
+    folder = first.recipe.run.dir
+    second = recipe(make_recipe, optimizer, after[1], after[0], 12, tmp_path, resume=folder, model=EVEN)
+    ranks = record_ranks(second, after[0])
+    assert [record.step for record in ranks[0]] == [7, 8, 9, 10, 11, 12], "it went on"
+    assert_within(compare(ranks[0], reference[6:]), BOUNDS)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True, "qk_norm": True}])

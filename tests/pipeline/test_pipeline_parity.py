@@ -35,3 +35,16 @@ def test_a_short_last_window(make_recipe):
     wanted = runs.reference(runs.recipe(make_recipe, 1, **sections))
     assert len(wanted) == 6
     runs.assert_equal(runs.recipe(make_recipe, 2, {"schedule": "zb_h1"}, **sections), 2, wanted)
+
+
+@pytest.mark.parametrize("schedule", ["zb_h1", "zbv"])
+def test_a_split_backward_with_products_that_overlap_their_gathers(make_recipe, schedule):
+    """Layers with ``async`` have a forward of their own, so their weight products stay in I; the numbers stay too."""
+    model = {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2}
+    wanted = runs.reference(runs.recipe(make_recipe, 1, model=model))
+    divided = {"tensor_parallel": {"sequence_parallel": True, "async": True}, "ddp": None}
+    degrees = {"pipeline_parallel": 2, "tensor_parallel": 2}
+    chosen = runs.recipe(
+        make_recipe, 4, {"schedule": schedule}, ranks=2, model=model, plugins=divided, parallel=degrees
+    )
+    runs.assert_equal(chosen, 4, wanted)
