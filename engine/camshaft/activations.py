@@ -7,17 +7,19 @@ over ranks, never make at all, or hold of more than one microbatch at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Made = Literal["input", "norm", "product", "rotation", "attention", "activation", "logits", "loss"]
-"""What makes a tensor: the residual stream that enters a layer, a norm, a matrix product, the rotation of q and k,
-scores and their sums, an activation function, the output projection, the cross-entropy."""
+Made = Literal["input", "norm", "product", "rotation", "attention", "activation", "logits", "loss", "weight"]
+"""What makes a tensor: the residual stream that enters a layer, a norm, a matrix product (the residual stream behind
+attention too), the rotation of q and k, scores and their sums, an activation function, the output projection, the
+cross-entropy; ``weight``: a weight's copy in the dtype of autocast, which a forward makes and its backward needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One tensor that is kept from the forward of a microbatch to its backward."""
+    """One tensor that is kept from the forward of a microbatch to its backward. A table has them in forward order."""
 
     module: str
     """Name of the module that makes it (``model.layers.3.mlp``), which globs of a recipe match."""
@@ -37,3 +39,12 @@ class Kept:
     def held(self) -> int:
         """Bytes at the fullest moment."""
         return self.bytes * self.microbatches
+
+
+def by_kind(kept: Iterable[Kept]) -> dict[Made, int]:
+    """Bytes at the fullest moment by what makes them, in the order of ``Made``; kinds of which nothing is kept are left
+    out."""
+    sums: dict[Made, int] = dict.fromkeys(get_args(Made), 0)
+    for each in kept:
+        sums[each.made] += each.held
+    return {made: size for made, size in sums.items() if size}

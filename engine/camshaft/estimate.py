@@ -70,13 +70,18 @@ class Sent(NamedTuple):
     bytes: int
 
 
+CLOSING = "during the step"
+"""Last words of the name of a buffer that is there from the reduction to the end of the step only, when forwards keep
+nothing any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A plugin's answer. Only the owner of storage tells ``state``; buffers and traffic of all plugins add up."""
 
     state: StateBytes | None = None
     buffers: tuple[tuple[str, int], ...] = ()
-    """(what it is, bytes) of memory beside the model state."""
+    """(what it is, bytes) of memory beside the model state; what ends in ``CLOSING`` is beside no activation."""
     sent: tuple[Sent, ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences that ``camshaft plan`` prints below: the price of an option, what is not counted."""
@@ -121,9 +126,7 @@ def replicated(sizes: Sizes) -> Estimate:
     state = state_bytes(sizes.elements, widths, sizes.moments, trained=sizes.trained)
     if not widths.master_copy or widths.gradient == widths.master:
         return Estimate(state)
-    return Estimate(
-        state, buffers=(("gradients in the masters' dtype, during the step", sizes.trained * widths.master),)
-    )
+    return Estimate(state, buffers=((f"gradients in the masters' dtype, {CLOSING}", sizes.trained * widths.master),))
 
 
 def combine(answers: Mapping[str, Estimate | None], sizes: Sizes) -> Estimate:

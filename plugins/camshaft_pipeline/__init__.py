@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from camshaft.activations import Kept
     from camshaft.data.loader import Batch
     from camshaft.estimate import Estimate, Sizes
     from camshaft.hookspecs import Forward
@@ -72,6 +73,13 @@ class Plugin(camshaft.Plugin):
         from camshaft_pipeline.shapes import shapes
 
         return shapes(self._chosen, context, parameters, rank)
+
+    @camshaft.hookimpl
+    def activations(self, context: camshaft.PlanContext, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        """Of how many microbatches each stage holds them, at the moment at which the rank holds most."""
+        from camshaft_pipeline.costs import in_flight
+
+        return in_flight(self._chosen, context, sizes, kept)
 
     @camshaft.hookimpl
     def estimate(self, context: camshaft.PlanContext, sizes: Sizes) -> Estimate:

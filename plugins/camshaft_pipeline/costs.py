@@ -7,6 +7,8 @@ parameters' width, and its gradient once back, in that of kept gradients.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from camshaft_pipeline.shapes import schedule_for
 from camshaft_pipeline.simulator import simulate
 
 if TYPE_CHECKING:
+    from camshaft.activations import Kept
     from camshaft.claims import PlanContext
     from camshaft.estimate import Sizes
     from camshaft_pipeline.schedule import Schedule
@@ -58,3 +61,27 @@ def _ties(sizes: Sizes) -> int:
     lent = [own[each.name] for each in sizes.whole or () if each.tied and each.name in own]
     there = sum(each.elements for each in lent if not each.tied) * sizes.widths.param
     return there + back
+
+
+def in_flight(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+    """``kept`` with the number of microbatches that each stage holds when this rank's program holds most bytes.
+
+    A microbatch is held by a stage from its F to its B, or W where the backward is split.
+    """
+    schedule = schedule_for(options, context)
+    program = schedule.programs[context.mesh.coordinates(sizes.rank)["pp"]]
+    sums: Counter[int] = Counter()
+    for each in kept:
+        sums[each.stage] += each.bytes
+    live: Counter[int] = Counter()
+    fullest: Counter[int] = Counter()
+    most = -1
+    for action in program:
+        if action.kind in (Kind.B, Kind.W):
+            live[action.stage] -= 1
+        elif action.kind is Kind.F:
+            live[action.stage] += 1
+            held = sum(count * sums[stage] for stage, count in live.items())
+            if held > most:
+                most, fullest = held, live.copy()
+    return tuple(replace(each, microbatches=fullest[each.stage]) for each in kept)

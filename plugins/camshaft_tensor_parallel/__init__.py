@@ -32,6 +32,7 @@ from camshaft.plugin import hookimpl
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from camshaft.activations import Kept
     from camshaft.data.loader import Batch
     from camshaft.estimate import Estimate, Sizes
     from camshaft.hookspecs import Forward
@@ -84,6 +85,13 @@ class Plugin(camshaft.Plugin):
         from camshaft_tensor_parallel.shapes import shapes
 
         return shapes(self.options, context, parameters, rank)
+
+    @hookimpl
+    def activations(self, context: PlanContext, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        """Insides of regions divided over ranks, and with sequence parallel what is between them too."""
+        from camshaft_tensor_parallel.kept import divided
+
+        return divided(self.options, context, sizes, kept)
 
     @hookimpl
     def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate:

@@ -6,13 +6,17 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from camshaft.activations import Kept, by_kind
 from camshaft.claims import TOKENS, Widths
 from camshaft.cli.console import columns
 from camshaft.errors import PluginError
 from camshaft.estimate import Estimate, Sizes, StateBytes, combine
+from camshaft.models.kept import Form, kept
 from camshaft.models.shapes import ParameterShape, parameter_shapes
+from camshaft.peak import Peak
 
 if TYPE_CHECKING:
+    from camshaft.claims import PlanContext
     from camshaft.host import Host
     from camshaft.models.config import ModelConfig
     from camshaft.recipe import Checked
@@ -78,6 +82,38 @@ def _of_rank(
     return parameters
 
 
+def activations(checked: Checked, host: Host, counted: Sizes) -> tuple[Kept, ...]:
+    """What rank ``counted.rank`` keeps from forward to backward; nothing is known of a plugin's own model.
+
+    Raises:
+        PluginError: a plugin's answer is none.
+    """
+    context, config = checked.context, counted.config
+    if config is None:
+        return ()
+    assert context is not None
+    known = (*(counted.parameters or ()), *counted.borrowed)
+    stages = {name: each.stage for each in known for name in (each.name, *each.tied)}
+    found = kept(config, counted.widths, form(context), stages)
+    for name, function in host.implementations("activations"):
+        answer = function(context, counted, found)
+        if answer is None:
+            continue
+        found = tuple(answer)
+        strange = next((each for each in found if not isinstance(each, Kept)), None)
+        if strange is not None:
+            raise PluginError(name, "activations", f"must return Kept or None, got {type(strange).__name__}")
+    return found
+
+
+def form(context: PlanContext) -> Form:
+    """A microbatch; torch's operations are those of a GPU unless the recipe is for a CPU."""
+    recipe = context.recipe
+    device = "cpu" if "cpu" in (context.device, recipe.launch.device) else "cuda"
+    data = recipe.data
+    return Form(recipe.batch.micro_batch_size, data.sequence_length, data.pack and data.document_mask, device)
+
+
 def estimate(checked: Checked, host: Host, rank: int = 0, counted: Sizes | None = None) -> Estimate:
     """Every plugin's answer for ``rank`` as one; ``counted``: its sizes, where they are known.
 
@@ -92,13 +128,43 @@ def estimate(checked: Checked, host: Host, rank: int = 0, counted: Sizes | None 
     return combine(answers, counted)
 
 
-def show(found: Estimate, rank: int | None, own_model: bool) -> str:
-    """Tables of memory and traffic of ``rank`` as text; None: of every rank."""
+def show(found: Estimate, kept: tuple[Kept, ...], most: Peak | None, rank: int | None, own_model: bool) -> str:
+    """Tables of memory and traffic of ``rank`` as text; None: of every rank. ``most``: the fullest moment, if known."""
     assert found.state is not None
-    parts = [_memory(found, found.state, rank), _traffic(found, rank)]
+    parts = [_memory(found, found.state, rank)]
+    if most is not None:
+        parts.append(_activations(kept, most))
+    parts.append(_traffic(found, rank))
     if own_model:
         parts.append("counted for the recipe's model section; a plugin builds a model of its own")
     return "\n\n".join([*parts, *found.notes])
+
+
+WORKSPACE = """\
+(not counted: workspaces of libraries, fragments of the allocator, what an optimizer that is not fused makes for a
+moment. On a GPU expect some hundred MiB more for context and workspaces; its own count is max_memory_allocated)"""
+
+
+def _activations(kept: tuple[Kept, ...], most: Peak) -> str:
+    rows = [_row(KINDS[made], size) for made, size in by_kind(kept).items()]
+    rows.append(_row("activations, of all microbatches in flight", sum(each.held for each in kept)))
+    rows.append(_row(f"peak with model state and buffers, in {most.moment}", most.bytes))
+    rows.append(_row("of it gradients of activations, and other working memory", most.working))
+    return "kept from forward to backward\n" + columns(("made by", "bytes", "GB", "GiB"), rows) + f"\n{WORKSPACE}"
+
+
+KINDS: dict[str, str] = {
+    "input": "residual stream, and token ids",
+    "norm": "norms",
+    "product": "matrix products",
+    "rotation": "rotary embedding",
+    "attention": "attention",
+    "activation": "activation function",
+    "logits": "logits",
+    "loss": "cross-entropy",
+    "weight": "casts of weights",
+}
+"""What ``Made`` is called in the table."""
 
 
 def _memory(found: Estimate, state: StateBytes, rank: int | None) -> str:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from camshaft.cli import estimate
 from camshaft.cli.console import columns
+from camshaft.peak import Peak, peak
 
 if TYPE_CHECKING:
+    from camshaft.activations import Kept
     from camshaft.estimate import Estimate, Sizes
     from camshaft.host import Host
     from camshaft.mesh import MeshShape
@@ -29,6 +31,9 @@ class Holding:
     rank: int
     sizes: Sizes
     estimate: Estimate
+    kept: tuple[Kept, ...] = ()
+    peak: Peak | None = None
+    """None where what a forward keeps is not known."""
 
     @property
     def state(self) -> int:
@@ -40,6 +45,11 @@ class Holding:
     def memory(self) -> int:
         """Bytes of model state and of all buffers."""
         return self.state + sum(size for _, size in self.estimate.buffers)
+
+    @property
+    def most(self) -> int:
+        """Bytes at the fullest moment, as far as they are known."""
+        return self.memory if self.peak is None else self.peak.bytes
 
     @property
     def sent(self) -> int:
@@ -58,7 +68,11 @@ class Ranks:
     def holding(self, rank: int) -> Holding:
         """What ``rank`` holds and sends."""
         counted = estimate.sizes(self._checked, self._host, rank)
-        return Holding(rank, counted, estimate.estimate(self._checked, self._host, rank, counted))
+        found = estimate.estimate(self._checked, self._host, rank, counted)
+        if counted.config is None:
+            return Holding(rank, counted, found)
+        kept = estimate.activations(self._checked, self._host, counted)
+        return Holding(rank, counted, found, kept, peak(kept, counted, found))
 
     @cached_property
     def representatives(self) -> list[Holding]:
@@ -73,7 +87,7 @@ class Ranks:
     @property
     def fullest(self) -> Holding:
         """The first of the ranks that hold most."""
-        return max(self.representatives, key=lambda each: (each.memory, -each.rank))
+        return max(self.representatives, key=lambda each: (each.most, -each.rank))
 
 
 def places(mesh: MeshShape) -> list[int]:
@@ -93,7 +107,9 @@ def show(ranks: Ranks, rank: int | None) -> str:
     parts = [] if alike else [_place(ranks.mesh, shown, "" if rank is not None else ", which holds most")]
     if rank is None and ranks.mesh["pp"].degree > 1:
         parts.insert(0, _stages(ranks))
-    return "\n\n".join([*parts, estimate.show(shown.estimate, None if alike else shown.rank, ranks.own_model)])
+    return "\n\n".join(
+        [*parts, estimate.show(shown.estimate, shown.kept, shown.peak, None if alike else shown.rank, ranks.own_model)]
+    )
 
 
 def _place(mesh: MeshShape, shown: Holding, why: str) -> str:
@@ -133,10 +149,10 @@ def _stages(ranks: Ranks) -> str:
     best: dict[int, Holding] = {}
     for each in ranks.representatives:
         place = ranks.mesh.coordinates(each.rank)["pp"]
-        if place not in best or each.memory > best[place].memory:
+        if place not in best or each.most > best[place].most:
             best[place] = each
     return "by place along pp, the fullest rank of each\n" + columns(
-        ("pp", "stages", "holds", "elements", "model state", "with buffers", "sent a step"), [*_rows(best)]
+        ("pp", "stages", "holds", "elements", "model state", "with buffers", "peak", "sent a step"), [*_rows(best)]
     )
 
 
@@ -148,7 +164,7 @@ def _rows(best: dict[int, Holding]) -> Iterator[tuple[str, ...]]:
             ranges(sorted({parameter.stage for parameter in known})) or "?",
             "?" if each.sizes.whole is None else _layers(known, each.sizes.whole),
             f"{each.sizes.elements:,}",
-            *(f"{estimate.short(size / 1e9)} GB" for size in (each.state, each.memory, each.sent)),
+            *(f"{estimate.short(size / 1e9)} GB" for size in (each.state, each.memory, each.most, each.sent)),
         )
 
 
