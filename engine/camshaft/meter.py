@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from camshaft.data.loader import evaluation_batches
+from camshaft.datasheet import peak, type_name
 from camshaft.state import State, World
 
 if TYPE_CHECKING:
     from camshaft.data import Prepared
     from camshaft.hookspecs import Forward
-
-PEAK_FLOPS = {
-    # Dense bf16 FLOP/s from NVIDIA's data sheets. An unknown device gets no MFU: it is never guessed.
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-}
 
 
 def global_sums(world: World, *values: torch.Tensor | float) -> list[float]:
@@ -52,7 +43,9 @@ class Meter:
         self._flops = state.config.flops_per_token(state.world.recipe.data.sequence_length)
         self._peak = None
         if state.world.device.type == "cuda":
-            self._peak = PEAK_FLOPS.get(torch.cuda.get_device_name(state.world.device))
+            fast = torch.get_float32_matmul_precision() != "highest"
+            kind = type_name(state.world.policy.compute, tf32=fast)
+            self._peak = peak(torch.cuda.get_device_name(state.world.device), kind)
         self.start()
 
     def start(self) -> None:

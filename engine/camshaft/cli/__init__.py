@@ -22,6 +22,7 @@ COMMANDS = {
     "validate": "Check a recipe and say everything that is wrong with it.",
     "explain": "Show the values of a recipe, and who set each.",
     "plan": "Show what a run would do: phases, owners, claims and the program, without starting it.",
+    "profile": "Record a window of training: time by operation, exposed communication, memory, MFU.",
     "plugins": "List the installed plugins.",
     "hooks": "List the hooks, and who implements them in a recipe.",
     "schema": "Write the JSON Schema of recipes, for editors.",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from camshaft.cli.launch.rank import Station
     from camshaft.environment import Launcher
     from camshaft.recipe import Resolved
+    from camshaft.rundir import Choice
+
+Take = Callable[["Resolved"], "Choice"]
+"""Chooses and locks the directory of one start."""
 
 _ERRORS: dict[int, type[CamshaftError]] = {
     error.exit_status: error for error in (RecipeError, MachineError, OutOfMemory, NonFiniteLoss, Interrupted)
@@ -58,9 +63,9 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: Fr
         resolved = load(recipe, changes)
         processes, device = local_processes(resolved)
         check(resolved, processes, device=device).require()
-        _prepare_data(resolved)
+        prepare_data(resolved)
         if processes > 1:
-            _front(resolved, changes, processes, device, fresh)
+            front(resolved, changes, processes, device, partial(take, fresh=fresh))
             return
     status = supervised(environment, lambda station: _rank(station, recipe, changes, fresh))
     if status:
@@ -94,8 +99,17 @@ def _count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: str, fresh: bool) -> None:
-    """Start the ranks and own them.
+def front(
+    resolved: Resolved,
+    changes: Sequence[str],
+    processes: int,
+    device: str,
+    take: Take,
+    words: Sequence[str] = ("train",),
+) -> RunDirectory:
+    """Start the ranks and own them until they end; returns the directory that ``take`` chose.
+
+    ``words``: the command that every rank runs, and its options.
 
     Raises:
         CamshaftError: with the run's exit status, naming rank, step and cause.
@@ -110,9 +124,9 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
     stop = StopSignal(grace_s=None, repeat_ends=False).install()
     with ExitStack() as stack:
         stack.callback(stop.uninstall)
-        choice = take(resolved, fresh)
+        choice = take(resolved)
         stack.callback(choice.lock.release)
-        line = _line(launch.launcher, processes, resolved, changes)
+        line = line_of(launch.launcher, processes, resolved, changes, words)
         announce(choice.message)
         announce(f"starting     {line}")
         begin(choice.directory, resolved, processes, line)
@@ -122,7 +136,7 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
         environ = commands.child_environment(
             os.environ, launcher=launch.launcher, device=device, threads=threads, extensions=extensions
         )
-        target = commands.target_of(str(resolved.path), changes, choice.directory.path)
+        target = commands.target_of(str(resolved.path), changes, choice.directory.path, words)
         job = Job(
             launcher=launch.launcher,
             processes=processes,
@@ -137,16 +151,23 @@ def _front(resolved: Resolved, changes: Sequence[str], processes: int, device: s
     if outcome.status:
         error = _ERRORS.get(outcome.status, CamshaftError)(outcome.message)
         raise error
+    return choice.directory
 
 
-def _line(launcher: Launcher, processes: int, resolved: Resolved, changes: Sequence[str]) -> str:
+def line_of(
+    launcher: Launcher,
+    processes: int,
+    resolved: Resolved,
+    changes: Sequence[str],
+    words: Sequence[str] = ("train",),
+) -> str:
     """The line that starts the same run by hand."""
     from camshaft.cli.launch.commands import Target, equivalent
 
-    return equivalent(launcher, processes, Target("camshaft", ("train", str(resolved.path), *changes)))
+    return equivalent(launcher, processes, Target("camshaft", (*words, str(resolved.path), *changes)))
 
 
-def _prepare_data(resolved: Resolved) -> None:
+def prepare_data(resolved: Resolved) -> None:
     """Fill the cache, with progress on a terminal, before ranks wait for one another and signals mean a checkpoint."""
     from camshaft.data import prepare
 
@@ -182,10 +203,10 @@ def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) ->
         directory = station.directory
         owner = station.front is None and environment.rank == 0
         if directory is None:
-            directory = _agree_on_directory(station, resolved, fresh, stack)
+            directory = agree_on_directory(station, partial(take, resolved, fresh), stack)
             station.enter(directory)
         if owner:
-            line = _line(environment.launcher, environment.world_size, resolved, changes)
+            line = line_of(environment.launcher, environment.world_size, resolved, changes)
             begin(directory, resolved, environment.world_size, line)
         return _train(station, resolved, changes, directory, owner)
 
@@ -219,7 +240,7 @@ def _train(station: Station, resolved: Resolved, changes: Sequence[str], directo
             end(directory, status, station.heartbeat.progress[0])
 
 
-def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack: ExitStack) -> RunDirectory:
+def agree_on_directory(station: Station, take: Callable[[], Choice], stack: ExitStack) -> RunDirectory:
     """Rank 0 picks and locks the directory, the others learn it; an error of rank 0 is raised on every rank."""
     from camshaft.distributed import share_text
 
@@ -227,14 +248,14 @@ def _agree_on_directory(station: Station, resolved: Resolved, fresh: bool, stack
     answer: dict[str, str] = {}
     if environment.rank == 0:
         try:
-            choice = take(resolved, fresh)
+            choice = take()
             stack.callback(choice.lock.release)
             heartbeat.create(choice.directory.heartbeat, environment.world_size)
             announce(choice.message)
             answer = {"path": str(choice.directory.path.resolve())}
-        except MachineError as error:
-            answer = {"error": str(error)}
+        except (MachineError, RecipeError) as error:
+            answer = {"error": str(error), "status": str(error.exit_status)}
     answer = json.loads(share_text(environment, json.dumps(answer)))
     if "error" in answer:
-        raise MachineError(answer["error"])
+        raise _ERRORS[int(answer["status"])](answer["error"])
     return RunDirectory(answer["path"]).create()

@@ -134,7 +134,7 @@ def _open_files() -> set[str]:
     return found
 
 
-def target_of(recipe: str, overrides: Sequence[str], directory: Path) -> Target:
-    """The ranks' own command line: the user's, in a run directory that is settled."""
+def target_of(recipe: str, overrides: Sequence[str], directory: Path, words: Sequence[str] = ("train",)) -> Target:
+    """The ranks' own command line: the user's, in a run directory that is settled. ``words``: command and options."""
     others = [override for override in overrides if not override.startswith("run.dir=")]
-    return Target("camshaft", ("train", recipe, *others, f"run.dir={directory}"))
+    return Target("camshaft", (*words, recipe, *others, f"run.dir={directory}"))
