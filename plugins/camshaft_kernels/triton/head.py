@@ -124,7 +124,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix, table = rows(hidden).to(dtype), weight.to(dtype)
         tokens = matrix.shape[0]
         chunk = chunk_tokens(tokens, weight.shape[0], dtype.itemsize, chunk_bytes) if tokens else 1
-        total = computed(dtype) if tokens > chunk else torch.promote_types(dtype, weight.dtype)
+        once = tokens <= chunk and dtype != torch.float16  # fp16 sums times ``HALF_GAIN`` could overflow
+        total = torch.promote_types(dtype, weight.dtype) if once else computed(dtype)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         with torch.autocast(hidden.device.type, enabled=False):
             flat = labels.reshape(-1).contiguous()
