@@ -115,7 +115,7 @@ def lines(path: Path) -> int:
 
 # A core far above 2,000 lines is a sign that a strategy leaked in. What surrounds it has budgets of its own.
 AREAS = {
-    "recipe": ("recipe/", 2000),
+    "recipe": ("recipe/", 2025),
     "machine": (("environment.py", "processes.py", "distributed.py", "rundir.py"), 1000),
     "planning": (("claims.py", "estimate.py", "activations.py", "peak.py", "mesh.py", "effects.py"), 1100),
     "data movement": (
@@ -123,6 +123,7 @@ AREAS = {
         1250,
     ),
     "operations": (("ops.py",), 250),
+    "proofs": (("verify/", "contracts.py"), 1500),
     "profiling": (("profiling/", "datasheet.py"), 1800),
     "core": ("", 2250),
 }

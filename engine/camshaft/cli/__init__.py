@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": "Show the values of a recipe, and who set each.",
     "plan": "Show what a run would do: phases, owners, claims and the program, without starting it.",
     "profile": "Record a window of training: time by operation, exposed communication, memory, MFU.",
+    "verify": "Prove that a recipe trains what one plain process trains, and name the plugin that does not.",
     "plugins": "List the installed plugins.",
     "hooks": "List the hooks, and who implements them in a recipe.",
     "schema": "Write the JSON Schema of recipes, for editors.",

@@ -200,6 +200,14 @@ class Run(Section):
     """Exactly this folder instead of `<root>/<name>/<id>`; a run found in it is continued."""
 
 
+class Debug(Section):
+    """Checks that cost time, for finding a fault."""
+
+    contracts: bool = False
+    """Look around each hook whether its plugin changes a parameter, a gradient or a value of the optimizer that it did
+    not claim, and compare copies on several ranks by a sample that rotates."""
+
+
 class Recipe(Section):
     """The root of a recipe."""
 
@@ -217,5 +225,6 @@ class Recipe(Section):
     training: Training = Training()
     launch: Launch = Launch()
     run: Run = Run()
+    debug: Debug = Debug()
     plugins: dict[str, Any] = {}
     """Plugin name to its options object, in the order in which they take effect."""

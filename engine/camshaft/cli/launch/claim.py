@@ -45,7 +45,12 @@ def _earlier_ranks(directory: RunDirectory) -> list[heartbeat.Beat]:
 
 
 def begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: str) -> None:
-    """Keep what this start was, say what it changes in a run that is continued, and mark the run as running."""
+    """Keep what this start was, say what it changes in a run that is continued, and mark the run as running.
+
+    ``certificate`` in the status tells of the proof that is valid for this recipe here; null where there is none.
+    """
+    from camshaft.verify import certificate
+
     for change in changes.since_the_start(directory.path / "resolved.yaml", resolved):
         announce(change)
     directory.keep("recipe.yaml", resolved.path.read_text(encoding="utf-8"))
@@ -61,6 +66,7 @@ def begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: st
         exit_status=None,
         world_size=world_size,
         command=line,
+        certificate=certificate.lookup(resolved),
         digest=digest(resolved.values()),
     )
 

@@ -1,0 +1,222 @@
+"""One proof: the small recipe beside one plain process, and beside textbooks of what that process shares with it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from camshaft.errors import MachineError
+from camshaft.recipe import check
+from camshaft.verify import bisect
+from camshaft.verify.judge import BOUNDS, Comparison, Deviation, compare
+from camshaft.verify.record import Recording
+from camshaft.verify.runs import Failure, Outcome, Unequal, run
+from camshaft.verify.shrink import Small, shrink
+from camshaft.verify.sorting import TRAINING, Sorted, full_world, sort
+from camshaft.verify.textbook import Textbooks
+
+if TYPE_CHECKING:
+    from camshaft.recipe import Checked, Resolved
+
+STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a recipe does wrong: the first sign of it, the plugin that makes it, and the smallest set that shows it."""
+
+    sign: Deviation | Failure | Unequal
+    plugins: tuple[str, ...]
+    smallest: tuple[str, ...]
+    by_formula: bool = False
+    """Whether a textbook tells it, rather than the plain process."""
+
+    def __str__(self) -> str:
+        names = " and ".join(f"'{name}'" for name in self.plugins) or "the core, without any plugin,"
+        against = "its formula" if self.by_formula else "one plain process"
+        lines = [f"{names} changes the numbers against {against}: {self.sign}"]
+        if self.smallest != self.plugins:
+            lines.append(f"smallest set of plugins that shows it: {', '.join(self.smallest) or '(none)'}")
+        return "; ".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was compared, and what came of it."""
+
+    small: Small
+    sorted: Sorted
+    comparison: Comparison | None
+    finding: Finding | None
+    world_size: int
+    not_covered: tuple[str, ...]
+    seconds: float
+    trials: int = 0
+    steps: int = STEPS
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def green(self) -> bool:
+        """Whether nothing was found."""
+        return self.finding is None
+
+
+class Bench:
+    """Runs arrangements of one small recipe, each kind of plain process once."""
+
+    def __init__(self, small: Small, sorted_: Sorted, owners: Mapping[str, str]) -> None:
+        self.small, self.sorted, self.owners = small, sorted_, owners
+        self.bounds = BOUNDS[small.compute]
+        self.trials = 0
+        self._plain: dict[tuple[str, ...], Outcome] = {}
+
+    def plain(self, kept: Sequence[str]) -> Outcome:
+        """One process with plugins ``kept`` alone, the whole window at once.
+
+        Raises:
+            RecipeError: they are not legal alone.
+        """
+        key = tuple(kept)
+        if key not in self._plain:
+            alone = dict.fromkeys(self.small.degrees, 1)
+            resolved, ranks = self.small.arrange(key, alone, f"plain{len(self._plain)}", whole=True)
+            self._plain[key] = run(resolved, ranks, self.small.compute)
+        return self._plain[key]
+
+    def look(self, names: Sequence[str]) -> Deviation | Failure | Unequal | Comparison:
+        """What plugins ``names`` make of the numbers of one plain process.
+
+        Raises:
+            RecipeError: they are not legal together.
+        """
+        self.trials += 1
+        kept = [name for name in self.sorted.kept if name in names]
+        degrees = self.sorted.left_alone(names, self.small.degrees)
+        resolved, ranks = self.small.arrange(names, degrees, f"trial{self.trials}")
+        own = self.sorted.precision in names
+        plain, found = self.plain(kept), run(resolved, ranks, None if own else self.small.compute)
+        for outcome in (plain, found):
+            if not isinstance(outcome, Recording):
+                return outcome
+        assert isinstance(plain, Recording) and isinstance(found, Recording)
+        comparison = compare(found, plain, self.bounds)
+        return comparison if comparison.first is None else comparison.first
+
+
+def verify(
+    resolved: Resolved,
+    *,
+    steps: int = STEPS,
+    device: str = "cpu",
+    own_precision: bool = False,
+    search: bool = True,
+) -> Report:
+    """Prove ``resolved`` on local ranks, which are forked from this process: it must have no process group.
+
+    ``search``: find the plugin to blame where something is wrong. ``own_precision``: look once more in the recipe's own
+    precision, which the plain process then has too.
+
+    Raises:
+        RecipeError: the recipe is not legal, or no smaller one of its plugins is.
+        MachineError: ``device`` is ``cuda``, and there are fewer GPUs than ranks.
+    """
+    began = time.monotonic()
+    world = full_world(resolved)
+    checked = check(resolved, world).require()
+    sorted_ = sort(resolved, checked)
+    with tempfile.TemporaryDirectory() as made:
+        small = shrink(resolved, checked, sorted_, Path(made), steps=steps, device=device)
+        _need_devices(small)
+        report = _examine(small, sorted_, _owners(checked), search=search, steps=steps)
+        if own_precision and report.green:
+            report = _in_own_precision(report)
+    return replace(report, seconds=time.monotonic() - began)
+
+
+def _need_devices(small: Small) -> None:
+    if small.device != "cuda":
+        return
+    import torch
+
+    ranks, gpus = math.prod(small.degrees.values()), torch.cuda.device_count()
+    if gpus < ranks:
+        raise MachineError(f"{ranks} ranks need as many GPUs, and this machine shows {gpus}: leave --on-gpu out")
+
+
+def _in_own_precision(report: Report) -> Report:
+    """Once more beside one process that has the recipe's precision too, within the bounds of narrow dtypes."""
+    small, name = report.small, report.sorted.precision
+    if name is None:
+        return replace(report, not_covered=(*report.not_covered, "a precision of its own, which the recipe has not"))
+    own = replace(small, sections={**small.sections, name: dict(small.own)})
+    alone = dict.fromkeys(own.degrees, 1)
+    plain = run(*own.arrange((*report.sorted.kept, name), alone, "own-plain", whole=True))
+    found = run(*own.arrange(report.sorted.all, own.degrees, "own"))
+    bounds = BOUNDS.get(str(small.own.get("compute", "auto")), BOUNDS["bf16"])
+    for outcome in (plain, found):
+        if not isinstance(outcome, Recording):
+            return replace(report, finding=Finding(outcome, (), report.sorted.all))
+    assert isinstance(plain, Recording) and isinstance(found, Recording)
+    comparison = compare(found, plain, bounds)
+    extras = {"own_precision": {key: each.value for key, each in comparison.worst.items()}}
+    finding = None if comparison.first is None else Finding(comparison.first, (), report.sorted.all)
+    return replace(report, extras=extras, finding=finding)
+
+
+def _owners(checked: Checked) -> dict[str, str]:
+    """Slot of training to the plugin that owns it."""
+    return {slot: names[0] for slot in TRAINING if (names := checked.owners.get(slot))}
+
+
+def _examine(small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search: bool, steps: int) -> Report:
+    bench = Bench(small, sorted_, owners)
+    small = _clipping(bench)
+    bench = bench if small is bench.small else Bench(small, sorted_, owners)
+    resolved, ranks = small.all(sorted_)
+    books = Textbooks(_kept(owners, sorted_), resolved.recipe.plugins, bench.bounds)
+    plain = bench.plain(sorted_.kept)
+    comparison, finding = None, None
+    if isinstance(plain, Recording):
+        wrong = books.first(plain)
+        if wrong is not None:
+            names = (wrong[0],) if wrong[0] else ()
+            finding = Finding(wrong[1], names, names, by_formula=True)
+    if finding is None:
+        found = bench.look(sorted_.all)
+        if isinstance(found, Comparison):
+            comparison = found
+        else:
+            blamed, smallest = bisect.blame(bench, found) if search else ((), sorted_.all)
+            finding = Finding(found, blamed, smallest)
+    return Report(
+        small, sorted_, comparison, finding, ranks, _not_covered(small, books, sorted_), 0.0, bench.trials, steps
+    )
+
+
+def _kept(owners: Mapping[str, str], sorted_: Sorted) -> dict[str, str]:
+    return {slot: name for slot, name in owners.items() if name in sorted_.kept and slot != "build_model"}
+
+
+def _clipping(bench: Bench) -> Small:
+    """The small recipe with a limit of gradients that is reached, if the recipe's own is not."""
+    small, owner = bench.small, bench.owners.get("clip")
+    section = small.sections.get(owner or "", {})
+    plain = bench.plain(bench.sorted.kept)
+    if owner not in bench.sorted.kept or not isinstance(plain, Recording) or not section.get("max_norm", 1.0):
+        return small
+    norms = [step.norm for step in plain.steps if step.norm is not None]
+    if any(step.coefficient is not None and step.coefficient < 1 for step in plain.steps) or not norms:
+        return small
+    return replace(small, sections={**small.sections, owner: {**section, "max_norm": min(norms) / 2}})
+
+
+def _not_covered(small: Small, books: Textbooks, sorted_: Sorted) -> tuple[str, ...]:
+    found = list(small.notes)
+    found += [f"the formula of '{name}', which carries no textbook: both runs share it" for name in books.missing]
+    found += [f"'{name}': {why}" for name, why in sorted_.left_out.items()]
+    return tuple(found)
