@@ -132,15 +132,17 @@ class Ops:
     """Optimizer steps in place over lists of tensors, by the optimizer's name: ``(parameters, gradients, first
     moments, second moments, step, *, lr, betas, eps, weight_decay, scale)``. ``step`` counts from 1; ``scale`` is a
     scalar tensor that gradients are multiplied by on the way, or None. Without an entry an optimizer has its own."""
+    others: dict[str, Any] = field(default_factory=dict)
+    """Operations of third parties, by name, for their own models and plugins. Without an entry they have their own."""
 
     def replace(self, entries: Mapping[str, Any]) -> None:
-        """Take entries by their names; ``updates.<name>`` is one of ``updates``."""
+        """Take entries by their names; ``updates.<name>`` and ``others.<name>`` are of those dictionaries."""
         for name, value in entries.items():
             head, _, tail = name.partition(".")
-            if head not in self.__dataclass_fields__ or (head == "updates") != bool(tail):
+            if head not in self.__dataclass_fields__ or (head in ("updates", "others")) != bool(tail):
                 raise ValueError(f"there is no operation '{name}'")
             if tail:
-                self.updates[tail] = value
+                getattr(self, head)[tail] = value
             else:
                 setattr(self, head, value)
 
@@ -151,7 +153,7 @@ class Kernel:
 
     op: str
     """Name of an entry of ``Ops`` or of its ``updates``; ``add_rms_norm`` and ``document_mask`` come with ``rms_norm``
-    and ``document_attention``."""
+    and ``document_attention``. Any other name is of a third party's own operation, an entry of ``others``."""
     provider: str
     """What a recipe calls it by."""
     entries: Callable[[], dict[str, Any]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pluggy
@@ -30,6 +31,9 @@ class Plugin:
 
     hook_api: ClassVar[int] = HOOK_API
     Options: ClassVar[type[Options]] = Options
+    commands: ClassVar[Mapping[str, str]] = {}
+    """What it does outside of a run: a command (``bench``) to ``module:function``, which gets the words behind
+    ``camshaft bench <plugin>`` and is imported only then."""
     name: str = ""
 
     def __init__(self, options: Any = None) -> None:

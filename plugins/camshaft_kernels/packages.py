@@ -1,0 +1,77 @@
+"""Whether the packages that providers need are here, told without importing any of them, and without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from camshaft.cli import inventory
+
+Lack = tuple[str, str]
+"""What is missing, in one sentence without an end, and what to do about it."""
+
+PROVIDERS = ("torch", "triton", "apex", "liger", "transformer_engine", "flash_attention", "unfused")
+"""Providers that this plugin knows by itself. ``torch`` and ``unfused`` need nothing."""
+
+OLDEST_LIGER = (0, 6)
+INTERPRET = "TRITON_INTERPRET"
+
+
+def _triton() -> Lack | None:
+    if not inventory.has_module("triton"):
+        return "triton is not installed", "pip install 'camshaft[kernels]'"
+    return None
+
+
+def _apex() -> Lack | None:
+    text, real = inventory.apex()
+    if real:
+        return None
+    found = "NVIDIA apex is not installed" if text == "not installed" else f"this is no use here: {text}"
+    return found, "build NVIDIA's with tools/install_apex.sh"
+
+
+def _liger() -> Lack | None:
+    fix = "pip install 'liger-kernel>=0.6'"
+    if not inventory.has_module("liger_kernel"):
+        return "liger_kernel is not installed", fix
+    found = inventory.version("liger-kernel") or inventory.version("liger-kernel-nightly")
+    if found is not None and _numbers(found) < OLDEST_LIGER:
+        return f"liger-kernel {found} is older than 0.6, and its functions take other arguments", fix
+    return None
+
+
+def _transformer_engine() -> Lack | None:
+    if not inventory.has_module("transformer_engine"):
+        return "transformer_engine is not installed", "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+    return None
+
+
+def _flash_attention() -> Lack | None:
+    if not inventory.has_module("flash_attn"):
+        return "flash_attn is not installed", "pip install --no-build-isolation flash-attn"
+    return None
+
+
+_NEEDS: Mapping[str, Callable[[], Lack | None]] = {
+    "triton": _triton,
+    "apex": _apex,
+    "liger": _liger,
+    "transformer_engine": _transformer_engine,
+    "flash_attention": _flash_attention,
+}
+
+
+def lack(provider: str) -> Lack | None:
+    """What of ``provider`` is missing on this machine; None: nothing, or it is no provider of ours."""
+    needs = _NEEDS.get(provider)
+    return None if needs is None else needs()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on, in which kernels run on a CPU, for tests."""
+    return os.environ.get(INTERPRET, "") == "1"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

@@ -1,0 +1,129 @@
+"""Projection and cross-entropy in chunks of tokens: no full logits, and the gradient made in the forward.
+
+The idea is that of Hsu et al. (Liger Kernel, arXiv:2410.10989, section 3.2). The softmax of a token needs its own
+logits alone, so a chunk's logits give its loss and at once its gradients: of the hidden states, and of the weight,
+which is added up over the chunks. Backward multiplies both by the one number that enters it.
+
+Memory, for T tokens, V words and h features: one chunk of logits, twice, of about T h values each, instead of T V; from
+forward to backward T h of hidden gradients and V h of the weight's. Products: the same three; the logits are not read
+again from memory in backward.
+
+The weight is used in the forward alone, where whoever stores parameters has it, so it may be gone in backward.
+Autocast is followed. The loss and the softmax are in fp32 or wider; chunks of the weight's gradient are added in its
+own dtype, or in fp32 where that is narrower.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from camshaft.ops import IGNORED
+
+FEWEST = 256
+"""Tokens of a chunk at least: fewer leave the processor waiting for memory."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """Sum of the cross-entropies of ``hidden @ weight.T``, a scalar in fp32 or wider. Exactly 0 without a label.
+
+    Args:
+        hidden: [b, s, h].
+        weight: [vocabulary, h]; autocast's dtype is that of the products, as for ``torch.nn.functional.linear``.
+        labels: int64 [b, s], -100 for tokens that are not counted.
+        chunk: tokens at once; by default so many that their logits take as much as the hidden states.
+
+    Raises:
+        RuntimeError: a second backward: the first one has given the gradients away.
+    """
+    rows = chunk or chunk_size(labels.numel(), *weight.shape)
+    dtype = product_dtype(hidden)
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(flat, weight, targets, rows, dtype)  # type: ignore[no-untyped-call]
+        return loss
+    return _run(flat, weight, targets, rows, dtype, (False, False))[0]
+
+
+def chunk_size(tokens: int, vocabulary: int, width: int) -> int:
+    """Tokens of a chunk: its logits have about as many elements as all hidden states."""
+    return max(FEWEST, -(-tokens * width // vocabulary))
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype in which a matrix product of ``tensor`` runs here: autocast's, where it is on and the tensor no fp64."""
+    kind = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        loss, *ctx.gradients = _run(hidden, weight, labels, rows, dtype, ctx.needs_input_grad[:2])
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradients are given away by the first backward")
+        found, ctx.gradients = ctx.gradients, None
+        # In place: these may be the largest tensors of the step, and nobody else has them.
+        return *(None if each is None else each.mul_(factor) for each in found), None, None, None
+
+
+Made = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype, needs: tuple[bool, bool]
+) -> Made:
+    """(loss, gradient of ``hidden`` [T, h], gradient of ``weight``), each gradient in its tensor's dtype or None."""
+    wide = torch.promote_types(dtype, torch.float32)
+    sums = torch.promote_types(weight.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    towards = torch.empty_like(hidden) if needs[0] else None
+    product = torch.zeros(weight.shape, dtype=sums, device=weight.device) if needs[1] else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        table = weight.detach().to(dtype)
+        for begin in range(0, hidden.shape[0], rows):
+            part = hidden[begin : begin + rows].detach().to(dtype)
+            losses, slope = _chunk(part, table, labels[begin : begin + rows], wide, any(needs))
+            loss += losses
+            if slope is None:
+                continue
+            slope = slope.to(dtype)
+            if towards is not None:
+                towards[begin : begin + rows] = slope @ table
+            if product is not None:
+                _add_product(product, slope, part)
+    return loss, towards, None if product is None else product.to(weight.dtype)
+
+
+def _chunk(
+    part: Tensor, table: Tensor, labels: Tensor, wide: torch.dtype, slopes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of the losses, their gradient by the logits) of a chunk."""
+    logits = (part @ table.t()).to(wide)
+    ignored = labels == IGNORED
+    places = labels.masked_fill(ignored, 0).unsqueeze(-1)
+    totals = logits.logsumexp(-1)
+    picked = logits.gather(-1, places).squeeze(-1)
+    losses = (totals - picked).masked_fill(ignored, 0.0).sum()
+    if not slopes:
+        return losses, None
+    slope = logits.sub_(totals.unsqueeze(-1)).exp_()
+    slope.scatter_add_(-1, places, torch.full_like(totals, -1.0).unsqueeze(-1))
+    return losses, slope.masked_fill_(ignored.unsqueeze(-1), 0.0)
+
+
+def _add_product(total: Tensor, slope: Tensor, part: Tensor) -> None:
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.t(), part)
+    else:
+        total.add_(slope.t() @ part)

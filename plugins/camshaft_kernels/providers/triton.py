@@ -1,0 +1,40 @@
+"""Camshaft's own kernels in Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def rms_norm() -> dict[str, Any]:
+    """RMSNorm, and with the residual's sum in the same pass."""
+    from camshaft_kernels.triton.norm import add_rms_norm, rms_norm
+
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+
+
+def rope() -> dict[str, Any]:
+    """Rotation of q and k in one launch."""
+    from camshaft_kernels.triton.rope import rope
+
+    return {"rope": rope}
+
+
+def swiglu() -> dict[str, Any]:
+    """SwiGLU, whose backward makes its product again."""
+    from camshaft_kernels.triton.swiglu import swiglu
+
+    return {"swiglu": swiglu}
+
+
+def linear_cross_entropy() -> dict[str, Any]:
+    """Projection and loss in chunks of tokens."""
+    from camshaft_kernels.triton.linear_cross_entropy import linear_cross_entropy
+
+    return {"linear_cross_entropy": linear_cross_entropy}
+
+
+def adamw() -> dict[str, Any]:
+    """AdamW over lists of tensors with the factor on gradients, in one pass."""
+    from camshaft_kernels.triton.adamw import adamw
+
+    return {"updates.adamw": adamw}
