@@ -116,5 +116,5 @@ def utilisation(flops_per_token: float, tokens_per_s: float, devices: int, devic
 
 
 def plain_seconds(windows: Sequence[float]) -> float | None:
-    """Seconds of a window without the profiler: the median, without the first, which sets things up. None if none."""
-    return median(windows[1:] or windows) if windows else None
+    """Seconds of a window without the profiler: the median, without the first, which sets things up. None if alone."""
+    return median(windows[1:]) if len(windows) > 1 else None

@@ -20,14 +20,14 @@ Named = tuple[str, str, Tensor]
 
 
 def held(host: Host, state: State) -> list[Held]:
-    """Every storage that a parameter, a part, the optimizer, the model or a plugin points at, once.
+    """Every storage on this rank's device that a parameter, part, optimizer, buffer or plugin points at, once.
 
     The first kind in this order names it: so a flat buffer that parameters are views of is theirs.
     """
     found: dict[int, tuple[int, str, list[str]]] = {}
     for category, name, tensor in (*_of_model(state), *_of_optimizer(state), *_of_plugins(host)):
         address, size = _storage(tensor)
-        if address and size:
+        if address and size and tensor.device.type == state.world.device.type:
             _, kind, names = found.setdefault(address, (size, category, []))
             if kind == category and name not in names:
                 names.append(name)

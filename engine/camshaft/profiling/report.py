@@ -65,7 +65,7 @@ def _head(document: Finding, first: Finding) -> str:
 def _overhead(first: Finding) -> str:
     plain = first["plain_window_ms"]
     if plain is None:
-        return "; what it costs is unknown without warm-up windows"
+        return "; what that costs takes two warm-up windows to tell"
     return (
         f", {plain:.2f} ms without: it costs {_share(first['window_ms'] - plain, plain)} (rates below are without it)"
     )

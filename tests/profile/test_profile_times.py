@@ -1,0 +1,98 @@
+"""Time by kind of work, by operation and by phase, in traces with known times."""
+
+import pytest
+from profile_traces import Writer
+
+from camshaft.profiling.findings import plain_seconds
+from camshaft.profiling.times import phases, ranges, spent
+
+
+def host_trace():
+    writer = Writer()
+    writer.range("camshaft/window", 0, 1000)
+    writer.range("camshaft/phase/data", 0, 50)
+    writer.host("aten::copy_", 10, 40)
+    writer.range("camshaft/phase/forward", 100, 400)
+    writer.range("camshaft/module/model.layers.0.self_attn", 110, 350)
+    writer.range("zero.gather", 112, 118)
+    writer.host("aten::linear", 120, 200)
+    writer.host("aten::mm", 130, 190)
+    writer.host("aten::scaled_dot_product_attention", 210, 300, **{"Sequence number": 3})
+    writer.host("aten::bmm", 220, 280, **{"Sequence number": 4})
+    writer.range("camshaft/phase/backward", 400, 800)
+    writer.host("autograd::engine::evaluate_function: BmmBackward0", 410, 500, **{"Sequence number": 4})
+    writer.host("aten::bmm", 420, 490)
+    writer.host("autograd::engine::evaluate_function: MulBackward0", 500, 520, **{"Sequence number": 9})
+    writer.host("aten::mul", 505, 515)
+    writer.range("camshaft/wait/ddp/post_backward/all_reduce/dp", 600, 700)
+    writer.range("camshaft/blocked", 610, 690)
+    writer.range("camshaft/phase/optimizer", 800, 900)
+    writer.host("aten::_fused_adamw_", 810, 890)
+    writer.host("aten::mm", 300, 400, thread=2)  # another thread
+    return writer
+
+
+def test_kinds_of_work_and_idle_time_add_up_to_the_window():
+    found = spent(host_trace().trace())
+    assert found.window == 1000
+    assert found.groups == {
+        "matrix products": 60 + 20,
+        "attention": 30 + 60 + 20 + 70,
+        "norms and elementwise": 10,
+        "optimizer": 80,
+        "communication": 80,
+        "data": 50,
+        "other": 10,
+        "idle": 1000 - (80 + 90 + 90 + 20 + 80 + 80 + 50),
+    }
+    assert sum(found.groups.values()) == pytest.approx(1000)
+    assert found.operations["matrix products", "aten::mm"] == (60, 1)
+    assert found.operations["attention", "aten::bmm"] == (130, 2)
+    assert found.operations["communication", "wait ddp/post_backward/all_reduce/dp"] == (80, 1)
+
+
+def test_phases_and_the_rest_add_up_to_the_window():
+    found = phases(host_trace().trace())
+    assert found == {"data": 50, "forward": 300, "backward": 400, "optimizer": 100, "other": 150}
+
+
+def test_ranges_of_plugins_are_told_and_ours_are_not():
+    assert ranges(host_trace().trace()) == {"zero.gather": (6, 1)}
+
+
+def test_kernels_are_told_by_their_launcher_and_by_their_name():
+    writer = Writer()
+    writer.range("camshaft/window", 0, 1000)
+    writer.range("camshaft/phase/forward", 0, 100)
+    product = writer.host("aten::mm", 0, 10)
+    attention = writer.host("aten::_flash_attention_forward", 10, 20)
+    norm = writer.host("aten::rms_norm", 20, 30)
+    compiled = writer.host("CompiledFunction", 30, 60)
+    writer.range("camshaft/phase/optimizer", 100, 200)
+    step = writer.host("aten::_foreach_add_", 110, 120)
+    writer.kernel("sm90_xmma_gemm", 100, 300, 7, product)
+    writer.kernel("pytorch_flash::flash_fwd_kernel", 300, 350, 7, attention)
+    writer.kernel("vectorized_layer_norm_kernel", 350, 360, 7, norm)
+    writer.kernel("triton_poi_fused_mul", 360, 380, 7, compiled)
+    writer.kernel("nvjet_tst_128x256", 380, 400, 7, compiled)
+    writer.kernel("multi_tensor_apply_kernel", 500, 600, 7, step)
+    writer.kernel("ncclDevKernel_AllReduce", 350, 700, 20)
+    writer.kernel("Memcpy DtoD", 900, 1200, 7, kind="gpu_memcpy")  # cut at the window's end
+    found = spent(writer.trace())
+    assert found.groups == {
+        "matrix products": 220,
+        "attention": 50,
+        "norms and elementwise": 30 + 100,
+        "optimizer": 100,
+        "communication": 350,
+        "data": 0,
+        "other": 0,
+        "idle": 100 + 200,
+    }
+    assert found.operations["norms and elementwise", "aten::rms_norm"] == (10, 1)
+    assert found.operations["communication", "ncclDevKernel_AllReduce"] == (350, 1)
+
+
+def test_the_first_window_does_not_tell_the_profilers_cost():
+    assert plain_seconds([]) is None and plain_seconds([9.0]) is None
+    assert plain_seconds([9.0, 1.0, 3.0, 2.0]) == 2.0
