@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from camshaft.estimate import Estimate, Sent
+from camshaft.recipe.checks import micro_batch_size
 from camshaft_tensor_parallel.shapes import style_plan
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def estimate(options: Options, context: PlanContext, sizes: Sizes) -> Estimate:
 
 def _microbatch(options: Options, context: PlanContext, sizes: Sizes, plan: StylePlan) -> Bytes:
     assert sizes.config is not None
-    tokens = context.recipe.batch.micro_batch_size * context.recipe.data.sequence_length
+    tokens = micro_batch_size(context.recipe) * context.recipe.data.sequence_length
     degree, widths, found = context.mesh["tp"].degree, sizes.widths, Bytes()
     padded = -(-tokens // degree) * degree
     for passage, features, width in _passages(sizes, plan):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from camshaft.recipe.checks import micro_batch_size
 from camshaft_tensor_parallel.shapes import style_plan
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def divided(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Ke
     degree, plan = context.mesh["tp"].degree, style_plan(options, context)
     if degree == 1:
         return kept
-    tokens = context.recipe.batch.micro_batch_size * context.recipe.data.sequence_length
+    tokens = micro_batch_size(context.recipe) * context.recipe.data.sequence_length
     stretch = -(-tokens // degree)
     between = Fraction(stretch, tokens) if options.sequence_parallel else Fraction(1)
     shares = _shares(sizes)

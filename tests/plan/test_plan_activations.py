@@ -1,9 +1,18 @@
 """What ``camshaft plan`` says that forwards keep, against what autograd keeps of real ones."""
 
+import re
 from collections import Counter
 
 import pytest
 from activation_counts import holdings, measured
+
+from camshaft.activations import Kept, by_kind
+from camshaft.cli import estimate, run
+from camshaft.cli.ranks import Ranks
+from camshaft.errors import PluginError
+from camshaft.host import Host
+from camshaft.plugin import Plugin, hookimpl
+from camshaft.recipe import check
 
 ADAMW = {"adamw": {"lr": 1e-3}}
 AUTOCAST = {"precision": {"compute": "bf16"}}
@@ -68,3 +77,48 @@ def test_the_plan_counts_what_autograd_keeps(recipe_of, case):
         assert len(forwards) >= 4 and {stage for stage, _ in forwards} == set(planned)
         for stage, found in forwards:
             assert found == planned[stage], (case, holding.rank, stage)
+
+
+class Halves(Plugin):
+    """Keeps one half of everything."""
+
+    @hookimpl
+    def activations(self, kept):
+        return [Kept(each.module, each.name, each.made, each.bytes // 2) for each in kept]
+
+
+class Wrong(Plugin):
+    @hookimpl
+    def activations(self):
+        return (7,)
+
+
+def test_plugins_change_the_table_one_after_another(make_recipe):
+    resolved = make_recipe(ADAMW)
+    checked = check(resolved, 1, device="cpu").require()
+    plain, twice = (Ranks(checked, Host(plugins)).fullest for plugins in ({}, {"a": Halves(), "b": Halves()}))
+    assert sum(each.bytes for each in twice.kept) * 4 == pytest.approx(sum(each.bytes for each in plain.kept), rel=1e-3)
+    assert twice.peak.bytes < plain.peak.bytes and twice.state == plain.state
+    with pytest.raises(PluginError, match="'wrong', hook 'activations': must return Kept or None, got int"):
+        estimate.activations(checked, Host({"wrong": Wrong()}), plain.sizes)
+
+
+def test_the_first_stage_of_1f1b_holds_most_microbatches_and_is_the_fullest(recipe_of):
+    resolved, world_size = recipe_of(PIPELINE, {"num_hidden_layers": 4, "vocab_size": 300, **UNTIED}, {}, PP)
+    first, last = holdings(resolved, world_size)
+    assert {each.microbatches for each in first.kept} == {2} and {each.microbatches for each in last.kept} == {1}
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_plan_prints_what_is_kept_by_what_makes_it(make_recipe, capsys, device):
+    resolved = make_recipe(ADAMW, data={**make_recipe({}).tree["data"], "pack": True}, launch={"device": device})
+    assert run(["plan", str(resolved.path)]) == 0
+    text = capsys.readouterr().out
+    (holding,) = holdings(resolved, 1)
+    table = text.split("kept from forward to backward")[1].split("not counted")[0]
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"  ([\d,]+)  ", table)]
+    if device == "cpu":
+        assert numbers[: len(by_kind(holding.kept))] == list(by_kind(holding.kept).values())
+        assert holding.peak.bytes in numbers
+    else:  # a GPU's RMSNorm keeps less
+        assert numbers[1] < by_kind(holding.kept)["norm"]

@@ -82,7 +82,7 @@ def next_steps(state: State, recipe_path: str, overrides: Sequence[str] = ()) ->
 
     steps = []
     if state.world.world_size > 1:
-        size = f"batch.global_batch_size={8 * recipe.batch.micro_batch_size}"
+        size = f"batch.global_batch_size={8 * state.world.batch.micro_batch_size}"
         eight = f"{line('plan', 'parallel.data_parallel=auto', size)} --world-size 8"
         steps.append((eight, "who would own what, and do what, on eight ranks"))
     if recipe.training.max_steps is not None:

@@ -14,6 +14,7 @@ from camshaft.estimate import Estimate, Sizes, StateBytes, combine
 from camshaft.models.kept import Form, kept
 from camshaft.models.shapes import ParameterShape, parameter_shapes
 from camshaft.peak import Peak
+from camshaft.recipe.checks import micro_batch_size
 
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext
@@ -111,7 +112,7 @@ def form(context: PlanContext) -> Form:
     recipe = context.recipe
     device = "cpu" if "cpu" in (context.device, recipe.launch.device) else "cuda"
     data = recipe.data
-    return Form(recipe.batch.micro_batch_size, data.sequence_length, data.pack and data.document_mask, device)
+    return Form(micro_batch_size(recipe), data.sequence_length, data.pack and data.document_mask, device)
 
 
 def estimate(checked: Checked, host: Host, rank: int = 0, counted: Sizes | None = None) -> Estimate:

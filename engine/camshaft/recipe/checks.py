@@ -79,7 +79,7 @@ class _Run:
     """One run of the checks: each adds to ``problems`` and fills ``checked``."""
 
     def __init__(self, resolved: Resolved, sound: frozenset[str]) -> None:
-        self.resolved, self.recipe, self.sound = resolved, resolved.recipe, sound
+        self.resolved, self.recipe, self.sound = resolved, concrete(resolved.recipe), sound
         self.problems: list[Problem] = []
         self.checked = Checked()
 
@@ -99,6 +99,10 @@ class _Run:
         self.checked.mesh = MeshShape.of(self.recipe.parallel, processes or smallest_world(self.recipe))
 
     def set_batch(self, processes: int | None) -> None:
+        if self.resolved.recipe.batch.micro_batch_size == AUTO and self.recipe.batch.gradient_accumulation_steps:
+            message = "is given, and follows from batch.micro_batch_size, which is auto"
+            fix = "remove it, or give micro_batch_size"
+            raise RecipeError(Problem(message, key="batch.gradient_accumulation_steps", fix=fix))
         if self.checked.mesh is not None and (processes or stated_data_parallel(self.recipe.parallel)):
             self.checked.batch = batch_plan(self.recipe, self.checked.mesh)
         elif processes is None:
@@ -170,25 +174,41 @@ def batch_plan(recipe: Recipe, mesh: MeshShape) -> BatchPlan:
     Raises:
         RecipeError: the global batch does not divide, or a given accumulation does not fit; shows the whole product.
     """
-    batch, degree = recipe.batch, mesh.batch_degree
+    batch, degree, micro = recipe.batch, mesh.batch_degree, micro_batch_size(recipe)
     accumulation = _whole(recipe, degree)
     given = batch.gradient_accumulation_steps
     if given is not None and given != accumulation:
-        product = batch.micro_batch_size * given * degree
+        product = micro * given * degree
         raise RecipeError(
             Problem(
-                f"micro {batch.micro_batch_size} x accumulation {given} x {degree} batch-parallel rank(s) = {product},"
+                f"micro {micro} x accumulation {given} x {degree} batch-parallel rank(s) = {product},"
                 f" but global_batch_size is {batch.global_batch_size}",
                 key="batch.gradient_accumulation_steps",
                 fix=f"set it to {accumulation}, or remove it: it is derived",
             )
         )
-    return BatchPlan(batch.micro_batch_size, batch.global_batch_size, accumulation)
+    return BatchPlan(micro, batch.global_batch_size, accumulation)
+
+
+AUTO = "auto"
+
+
+def micro_batch_size(recipe: Recipe) -> int:
+    """The recipe's, or 1 where it is to be found: what every batch can be divided into."""
+    given = recipe.batch.micro_batch_size
+    return given if isinstance(given, int) else 1
+
+
+def concrete(recipe: Recipe) -> Recipe:
+    """``recipe`` with a micro batch of 1 in place of ``auto``."""
+    if recipe.batch.micro_batch_size != AUTO:
+        return recipe
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_batch_size": 1})})
 
 
 def _whole(recipe: Recipe, degree: int) -> int:
     """Accumulation steps, when they come out whole."""
-    micro, total = recipe.batch.micro_batch_size, recipe.batch.global_batch_size
+    micro, total = micro_batch_size(recipe), recipe.batch.global_batch_size
     if total % (micro * degree):
         low = max(1, total // (micro * degree)) * micro * degree
         near = {low, low + micro * degree} if total > low else {low}
@@ -239,7 +259,7 @@ def derived(recipe: Recipe, world_size: int | None) -> Mapping[str, tuple[Any, s
     for axis in (mesh[name] for name in mesh.members("dp")):
         if getattr(recipe.parallel, axis.key) is None:
             found[f"parallel.{axis.key}"] = (axis.degree, f"derived: {mesh['dp'].degree} data-parallel ranks")
-    if recipe.batch.gradient_accumulation_steps is None:
+    if recipe.batch.gradient_accumulation_steps is None and recipe.batch.micro_batch_size != AUTO:
         how = f"derived: {plan.global_batch_size} / ({plan.micro_batch_size} x {mesh.batch_degree})"
         found["batch.gradient_accumulation_steps"] = (plan.accumulation, how)
     return found

@@ -132,12 +132,16 @@ class Data(Section):
 class Batch(Section):
     """Batch algebra: global = micro x accumulation x data-parallel ranks."""
 
-    micro_batch_size: PositiveInt
-    """Samples of one forward on one rank."""
+    micro_batch_size: PositiveInt | Literal["auto"]
+    """Samples of one forward on one rank. `auto`: the most that fit, by the plan and then by trial; the global batch
+    stays as it is, and a run that goes on keeps the number."""
     global_batch_size: PositiveInt
     """Samples of one optimizer step on all ranks."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Derived when absent, checked when given."""
+    on_out_of_memory: Literal["stop", "halve"] = "stop"
+    """What to do with a microbatch that does not fit: `stop` ends the run; `halve` runs it again in two halves on all
+    ranks, with the same numbers, where no owner exchanges anything during forward or backward."""
 
 
 class Parallel(Section):
@@ -187,6 +191,9 @@ class Launch(Section):
     """Threads of one rank on a CPU. `auto`: cores / processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where there is a GPU, else the CPU."""
+    memory_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Memory of one rank that `micro_batch_size: auto` may fill. `auto`: that of its GPU; on a CPU its share of what is
+    free."""
     group_timeout_s: Annotated[int, Field(ge=1, le=600)] = 600
     """How long a collective may wait for a peer before the run stops."""
 
