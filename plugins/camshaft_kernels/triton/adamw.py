@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from camshaft_kernels.triton.launch import INTERPRETED, check, jit
+from camshaft_kernels.triton.launch import INTERPRETED, check, jit, narrow
 
 CHUNK = 1 << 14
 """Elements of a program."""
@@ -56,9 +56,9 @@ def update_tile(
         m = m * keep1 + g * add1
         v = v * keep2 + g * g * add2
         p = p * decay - rate * (m / (tl.sqrt(v) * widen2 + eps))
-        tl.store(first + place, m.to(first.dtype.element_ty), mask=there)
-        tl.store(second + place, v.to(second.dtype.element_ty), mask=there)
-        tl.store(parameter + place, p.to(parameter.dtype.element_ty), mask=there)
+        tl.store(first + place, narrow(m, first.dtype.element_ty), mask=there)
+        tl.store(second + place, narrow(v, second.dtype.element_ty), mask=there)
+        tl.store(parameter + place, narrow(p, parameter.dtype.element_ty), mask=there)
 
 
 @jit
@@ -194,8 +194,8 @@ def adamw(
     """Update parameters and both moments in place, one launch for each device and combination of dtypes.
 
     Tensors of one place in the lists have one shape; fp32, bf16 or fp16 each (moments belong in fp32). ``step`` counts
-    from 1. Gradients are multiplied by ``scale``, a scalar tensor, on the way and stay as they are. A tensor that is not
-    contiguous is updated in a copy.
+    from 1. Gradients are multiplied by ``scale``, a scalar tensor, on the way and stay as they are. A tensor that is
+    not contiguous is updated in a copy.
 
     Raises:
         MachineError: kernels cannot run here.

@@ -28,6 +28,8 @@ jit: Callable[[Callable[..., Any]], Any] = triton.jit
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels decorated from here on are interpreted."""
 
+SOFTWARE = tl.constexpr(INTERPRETED)
+
 WIDEST = 65536
 """Columns of the widest row that one program holds."""
 
@@ -39,6 +41,16 @@ def wide(value: tl.tensor) -> tl.tensor:
         return value
     else:  # noqa: RET505 (the compiler takes one branch by the dtype, and refuses a second return after it)
         return value.to(tl.float32)
+
+
+@jit
+def narrow(value: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """``value`` in ``dtype``, rounded to nearest even as GPUs do it; the interpreter cuts off what bf16 lacks."""
+    if SOFTWARE and dtype == tl.bfloat16 and value.dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)  # not a number stays so
+    return value.to(dtype)
 
 
 def computed(*dtypes: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camshaft.ops import IGNORED
-from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, power_of_two, rows, warps, wide
+from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narrow, power_of_two, rows, warps, wide
 
 ELEMENTS = 4096
 """Elements of a row that are loaded at a time."""
@@ -71,7 +71,7 @@ def loss_kernel(
                 there = column < columns
                 value = wide(tl.load(start + column, mask=there, other=float("-inf")))
                 found = (tl.exp(value - normaliser) - tl.where(column == label, 1.0, 0.0)) * gain
-                tl.store(start + column, found.to(logits.dtype.element_ty), mask=there)
+                tl.store(start + column, narrow(found, logits.dtype.element_ty), mask=there)
 
 
 @jit
@@ -88,7 +88,7 @@ def gradient_kernel(
     value = wide(tl.load(logits + row * stride + column, mask=read, other=float("-inf")))
     found = tl.exp(value - tl.load(normalisers + row)) - tl.where(column == label, 1.0, 0.0)
     found = found * wide(tl.load(upstream))
-    tl.store(gradient + row * columns + column, found.to(gradient.dtype.element_ty), mask=there)
+    tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
 
 
 def losses_of(matrix: Tensor, labels: Tensor, *, in_place: bool, gain: float = 1.0) -> tuple[Tensor, Tensor]:

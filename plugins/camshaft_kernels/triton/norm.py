@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, processors, rows, tile, warps, wide
+from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narrow, processors, rows, tile, warps, wide
 
 FORWARD_ELEMENTS = 4096
 BACKWARD_ELEMENTS = 8192
@@ -39,13 +39,13 @@ def forward_kernel(
     value = tl.load(hidden + row * hidden_stride + column, mask=there, other=0.0)
     if ADD:
         other = tl.load(residual + row * residual_stride + column, mask=there, other=0.0)
-        value = (wide(value) + wide(other)).to(summed.dtype.element_ty)
+        value = narrow(wide(value) + wide(other), summed.dtype.element_ty)
         tl.store(summed + row * columns + column, value, mask=there)
     value = wide(value)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 1)[:, None] / columns + eps)
     tl.store(scales + row, scale, mask=row < count)
     gain = wide(tl.load(weight + column, mask=column < columns, other=0.0))
-    tl.store(normed + row * columns + column, (value * scale * gain).to(normed.dtype.element_ty), mask=there)
+    tl.store(normed + row * columns + column, narrow(value * scale * gain, normed.dtype.element_ty), mask=there)
 
 
 @jit
@@ -80,7 +80,7 @@ def backward_kernel(
         found = (into - unit * (tl.sum(into * unit, 1)[:, None] / columns)) * scale
         if EXTRA:
             found += wide(tl.load(extra + row * extra_stride + column, mask=there, other=0.0))
-        tl.store(gradient + row * columns + column, found.to(gradient.dtype.element_ty), mask=there)
+        tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
         turn += 1
     if PARTIAL:
         place = partial + tl.program_id(0) * columns + column

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camshaft.ops import Rope
-from camshaft_kernels.triton.launch import check, jit, power_of_two, warps, wide
+from camshaft_kernels.triton.launch import check, jit, narrow, power_of_two, warps, wide
 
 ELEMENTS = 4096
 """Elements of half of a tile [heads, d / 2]: more heads are taken in turns."""
@@ -35,8 +35,8 @@ def turn_heads(
         x1 = wide(tl.load(first, mask=there, other=0.0))
         x2 = wide(tl.load(first + half, mask=there, other=0.0))
         place = target + head * half * 2 + column
-        tl.store(place, (x1 * cos1 + x2 * sin1).to(target.dtype.element_ty), mask=there)
-        tl.store(place + half, (x2 * cos2 + x1 * sin2).to(target.dtype.element_ty), mask=there)
+        tl.store(place, narrow(x1 * cos1 + x2 * sin1, target.dtype.element_ty), mask=there)
+        tl.store(place + half, narrow(x2 * cos2 + x1 * sin2, target.dtype.element_ty), mask=there)
 
 
 @jit

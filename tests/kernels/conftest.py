@@ -1,0 +1,103 @@
+"""Tests of Triton kernels run in processes of their own, because ``TRITON_INTERPRET`` counts when triton is imported.
+
+A test module says with ``TRITON`` which kind: "interpreted" (on a GPU, where there is one: in this process, compiled)
+or "compiled". Nothing changes in pytest's own process, whatever it imported before and in whatever order tests run.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+VARIABLE = "TRITON_INTERPRET"
+FOLDER = Path(__file__).parent
+_workers = {}
+
+
+class Worker:
+    """A process that imports test modules and calls their functions, one after another."""
+
+    def __init__(self, kind):
+        context = multiprocessing.get_context("spawn")
+        self.end, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other,), daemon=True)
+        before = os.environ.pop(VARIABLE, None)
+        if kind == "interpreted":
+            os.environ[VARIABLE] = "1"
+        try:
+            self.process.start()
+        finally:
+            os.environ.pop(VARIABLE, None)
+            if before is not None:
+                os.environ[VARIABLE] = before
+        other.close()
+
+    def call(self, path, name, arguments):
+        """The traceback of what the function raised, or None."""
+        self.end.send((path, name, arguments))
+        return self.end.recv()
+
+    def stop(self):
+        self.process.kill()
+        self.process.join()
+        self.end.close()
+
+
+def serve(end):
+    """Take a module's path, a function's name and its arguments, and answer with a traceback or None; without end."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(FOLDER))
+    while True:
+        path, name, arguments = end.recv()
+        try:
+            getattr(module_of(path), name)(**arguments)
+            answer = None
+        except BaseException:
+            answer = traceback.format_exc()
+        end.send(answer)
+
+
+def module_of(path):
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def kind_of(module):
+    import torch
+
+    kind = getattr(module, "TRITON", None)
+    return None if kind == "interpreted" and torch.cuda.is_available() else kind
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    kind = kind_of(pyfuncitem.module)
+    if kind is None:
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    worker = _workers.pop(kind, None) or Worker(kind)
+    try:
+        failure = worker.call(str(pyfuncitem.path), pyfuncitem.originalname, arguments)
+    except BaseException:  # a time-out, an interrupt or a dead process: what it would answer next is not ours
+        worker.stop()
+        raise
+    _workers[kind] = worker
+    if failure is not None:
+        pytest.fail(f"in the process for {kind} kernels:\n{failure}", pytrace=False)
+    return True
+
+
+def pytest_sessionfinish():
+    while _workers:
+        _workers.popitem()[1].stop()
