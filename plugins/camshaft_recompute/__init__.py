@@ -1,15 +1,92 @@
-"""Activations that are made again in backward, or kept elsewhere, instead of being held."""
+"""Activations that are made again in backward, or wait on the host, instead of being held on the device.
+
+Chen et al. (arXiv:1604.06174) for whole modules (`full`); Korthikanti et al. (arXiv:2205.05198), section 5, for making
+again what is cheap and large while matrix products are kept (`selective`), by kinds of operations or within a budget of
+bytes; Rhu et al. (arXiv:1602.08124) for tensors that wait in the host's memory (`offload`).
+
+Invariant: gradients are those without the plugin in every bit, because the second run of a module has the first one's
+inputs, parameters, autocast and random numbers, and stops where backward has all that it needs; collectives inside of
+it run again, on all ranks in one order. Memory of one microbatch, for L layers of s b tokens with h features in p
+bytes: L s b h p in mode `full`, that and the products' results in `selective`, and one layer's activations while its
+backward runs; a rank of a pipeline holds that of each microbatch that is under way. What of this is so in a run is
+counted in its first microbatch and told in the log and as metrics (``saved_gib``, ``kept_gib``, ``extra_tflops``,
+``extra_share``). Traffic: that of the collectives that run again. Claims ``module.recompute`` of the modules.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import camshaft
+from camshaft_recompute.options import Options, problems
 
+if TYPE_CHECKING:
+    from torch.nn import Module
 
-class Options(camshaft.Options):
-    """What is recomputed."""
+    from camshaft.activations import Kept
+    from camshaft.estimate import Sizes
+    from camshaft.state import State, World
+    from camshaft_recompute.runtime import Runtime
+
+__all__ = ["Options", "Plugin"]
+_logger = logging.getLogger("camshaft.recompute")
 
 
 class Plugin(camshaft.Plugin):
     """Activations that are made again in backward, or kept elsewhere, instead of being held."""
 
     Options = Options
+    _runtime: Runtime | None = None
+
+    @camshaft.hookimpl
+    def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
+        """Own the recomputation of the modules, and refuse options that mean nothing together."""
+        targets: Sequence[str] = self.options.modules or ("*",)
+        claims = () if self.options.mode == "none" else targets
+        return camshaft.Plan(
+            claims=tuple(camshaft.Claim("module.recompute", "", target) for target in claims),
+            problems=tuple(problems(self.options, self.name, context.plugins)),
+        )
+
+    @camshaft.hookimpl
+    def activations(self, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        """Without what is made again, and with what is kept for that."""
+        from camshaft_recompute.table import changed
+
+        return changed(self.options, sizes, kept)
+
+    @camshaft.hookimpl
+    def recompute(self, world: World, model: Module) -> None:
+        """Give each chosen module a forward that lets go of what it can make again."""
+        if self.options.mode == "none":
+            return
+        from camshaft_recompute.runtime import Runtime
+
+        self._runtime = Runtime(self.name, self.options, world, model)
+
+    @camshaft.hookimpl
+    def bind(self, state: State) -> None:
+        """From now on it is known which microbatch runs."""
+        if self._runtime is not None:
+            self._runtime.bind(state)
+
+    @camshaft.hookimpl
+    def post_reduce(self, state: State) -> None:
+        """At the end of the first window: choose what fits the budget, and tell what is saved."""
+        if self._runtime is not None and self._runtime.counting:
+            for line in self._runtime.conclude(state):
+                _logger.info(line)
+
+    @camshaft.hookimpl
+    def inert(self) -> str | None:
+        """Nothing is saved: no module matches, or none of them has anything to let go of."""
+        return None if self._runtime is None else self._runtime.inert
+
+    @camshaft.hookimpl
+    def close(self) -> None:
+        """Give modules their forwards back."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None

@@ -1,0 +1,76 @@
+"""Operations by what they are, as ``save`` of the recipe calls them, and what keeping the result of one asks for.
+
+The one place that reads an operation's schema and tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from camshaft_recompute.patterns import KINDS
+
+Operation = Any
+"""``torch._ops.OpOverload``, which has no public name."""
+Keep = Callable[[Operation], bool]
+
+UNTYPED_VIEWS = frozenset({"aten._unsafe_view", "aten.detach", "aten._reshape_alias", "aten.alias"})
+"""Results that share memory with an argument though autograd need not know."""
+FACTORIES = ("aten.empty*", "aten.new_empty*", "aten.zeros*", "aten.ones*", "aten.full*", "aten.arange*", "aten.lift*")
+
+
+def name_of(operation: Operation) -> str:
+    """``aten.mm`` for ``aten.mm.default``."""
+    return str(operation.overloadpacket)
+
+
+@lru_cache(maxsize=4096)
+def shares(operation: Operation) -> bool:
+    """Whether the result is memory of an argument."""
+    return bool(operation.is_view) or name_of(operation) in UNTYPED_VIEWS
+
+
+@lru_cache(maxsize=4096)
+def exchanges(operation: Operation) -> bool:
+    """Whether ranks exchange something: memory that it is given may be written at any time."""
+    return operation.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+
+
+@lru_cache(maxsize=4096)
+def makes(operation: Operation) -> bool:
+    """Whether its results are new memory that it alone writes."""
+    name = name_of(operation)
+    return not (
+        shares(operation)
+        or exchanges(operation)
+        or operation._schema.is_mutable
+        or any(fnmatchcase(name, pattern) for pattern in FACTORIES)
+    )
+
+
+def draws(operation: Operation, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether this call draws random numbers: kept, it would leave the generator where it was for who draws next."""
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return False
+    names = [each.name for each in operation._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    rate = named.get("dropout_p", arguments[place] if place < len(arguments) else 0.0)
+    return bool(rate)
+
+
+def of_kinds(words: Iterable[str]) -> Keep:
+    """A test for operations of ``words``: kinds, and names such as ``aten.mm`` or ``library.*``."""
+    patterns = tuple(pattern for word in words for pattern in KINDS.get(word, (word,)))
+
+    @lru_cache(maxsize=4096)
+    def keep(operation: Operation) -> bool:
+        name = name_of(operation)
+        return makes(operation) and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return keep

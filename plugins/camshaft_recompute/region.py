@@ -1,0 +1,82 @@
+"""A module with a forward of its own, that lets its activations be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from camshaft_recompute.frame import Frame
+from camshaft_recompute.keeping import Keeper
+from camshaft_recompute.kinds import Keep
+from camshaft_recompute.tally import Seen, Tally
+from camshaft_recompute.trees import tensors
+from camshaft_recompute.watching import Watch
+
+
+class Region:
+    """Module ``name``, from ``install`` to ``close``."""
+
+    def __init__(self, name: str, module: Module, device: torch.device, tally: Tally, keep: Keep | None) -> None:
+        self.name, self.module, self.inner = name, module, module.forward
+        self._own = vars(module).get("forward")
+        self._device, self._tally, self._keep = device, tally, keep
+        self.keeper = None if keep is None else Keeper(keep)
+        self.compiled = False
+        """Whether a compiler has taken the forward over: what is saved is up to it."""
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        self.module.forward = self.forward
+
+    def close(self) -> None:
+        """Give it back."""
+        if vars(self.module).get("forward") == self.forward:
+            del self.module.forward
+            if self._own is not None:
+                self.module.forward = self._own
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The module's own; where gradients are wanted, without what autograd saves."""
+        if not torch.is_grad_enabled():
+            return self.inner(*arguments, **named)
+        if torch.compiler.is_compiling():
+            return self._traced(arguments, named)
+        frame = Frame(self.name, self.inner, arguments, named)
+        if self._tally.counts:
+            return self._counted(frame, arguments, named)
+        return frame.run(self._device, self.keeper, nullcontext())
+
+    def _traced(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """torch's own form, which a compiler knows."""
+        self.compiled = True
+        contexts: dict[str, Any] = {}
+        if self._keep is not None:
+            policy = partial(_policy, self._keep)
+            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(self.inner, *arguments, use_reentrant=False, **contexts, **named)
+
+    def _counted(self, frame: Frame, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        saved: list[Tensor] = []
+        seen = Seen(self.name, 0, 0, 0, 0)
+        frame.packed = saved.append
+        frame.again = partial(Watch, self._device, frame.filled, seen.again)
+        made = frame.run(self._device, self.keeper, Watch(self._device, frame.slots, seen.first))
+        frame.packed = _ignore
+        if saved:
+            self._tally.add(seen, saved, list(tensors([arguments, named])), self.module, frame.kept_bytes)
+        return made
+
+
+def _ignore(tensor: Tensor) -> None:
+    """After the first run nobody counts."""
+
+
+def _policy(keep: Callable[[Any], bool], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep(operation) else CheckpointPolicy.PREFER_RECOMPUTE

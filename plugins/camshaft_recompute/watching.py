@@ -1,0 +1,100 @@
+"""What operations of a module's forward make and cost, seen by a dispatch mode around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from camshaft_recompute.kinds import Operation, draws, makes, name_of
+from camshaft_recompute.trees import storage_bytes, tensors
+
+Clock = Callable[[], Callable[[], float]]
+"""Starts to measure; what it returns ends that, and tells seconds once the device is through."""
+
+
+@dataclass(slots=True)
+class Done:
+    """One operation whose result could be kept."""
+
+    name: str
+    bytes: int
+    flops: float
+    saved: int
+    """Tensors that autograd had saved when it was done."""
+    seconds: Callable[[], float]
+
+
+@dataclass(slots=True)
+class Sight:
+    """All that was seen of one run."""
+
+    flops: float = 0.0
+    """Of matrix products and attention."""
+    calls: int = 0
+    """Operations that are more than another view of the same memory."""
+    done: list[Done] = field(default_factory=list)
+    saved: int = 0
+    """Tensors that autograd saved in all."""
+
+    @property
+    def needed(self) -> list[Done]:
+        """Operations that a second run comes to: it ends with the last tensor that is saved."""
+        return [each for each in self.done if each.saved < self.saved]
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Changes nothing. ``saved`` tells how many tensors autograd has saved so far."""
+
+    def __init__(self, device: torch.device, saved: Callable[[], int], sight: Sight) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._saved, self._sight = saved, sight
+        self._clock: Clock = _host if device.type != "cuda" else _events
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        stop = self._clock()
+        result = func(*args, **kwargs)
+        seconds, sight = stop(), self._sight
+        flops = _flops(func, args, kwargs, result)
+        sight.flops += flops
+        if makes(func):
+            sight.calls += 1
+            if not draws(func, args, kwargs):
+                size = sum(storage_bytes(tensors(result)).values())
+                sight.done.append(Done(name_of(func), size, flops, self._saved(), _known(seconds)))
+        sight.saved = self._saved()
+        return result
+
+
+def _known(seconds: float | Callable[[], float]) -> Callable[[], float]:
+    return seconds if callable(seconds) else lambda: seconds
+
+
+def _host() -> Callable[[], Any]:
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start
+
+
+def _events() -> Callable[[], Any]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+
+    def stop() -> Callable[[], float]:
+        end.record()
+        return lambda: float(start.elapsed_time(end)) * 1e-3
+
+    return stop
+
+
+def _flops(operation: Operation, args: Any, kwargs: Any, result: Any) -> float:
+    """Of products and attention by torch's own formulas, to which that of the CPU's attention is added; else 0."""
+    if "scaled_dot_product_flash_attention_for_cpu" in name_of(operation):
+        return float(sdpa_flop_count(*(each.shape for each in args[:3])))  # type: ignore[no-untyped-call]
+    formula = flop_registry.get(operation.overloadpacket)
+    return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
