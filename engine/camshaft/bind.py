@@ -15,7 +15,7 @@ from camshaft.host import Host
 def event(host: Host, hook: str, first: str | None = None) -> Callable[..., None] | None:
     """All implementations of an event as one callable, or None if there are none; plugin ``first`` is called first."""
     found = sorted(host.implementations(hook), key=lambda item: item[0] != first)  # stable: the rest in recipe order
-    calls = tuple(function for _, function in found)
+    calls = tuple(_watched(host, name, hook, function) for name, function in found)
     if len(calls) <= 1:
         return calls[0] if calls else None
 
@@ -29,13 +29,18 @@ def event(host: Host, hook: str, first: str | None = None) -> Callable[..., None
 def slot(host: Host, hook: str) -> Callable[..., Any] | None:
     """The owner's implementation of a slot, or None if nobody owns it."""
     owner = host.owner(hook)
-    return None if owner is None else owner[1]
+    return None if owner is None else _watched(host, owner[0], hook, owner[1])
+
+
+def _watched(host: Host, plugin: str, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return function if host.watch is None else host.watch.call(plugin, hook, function)
 
 
 def middleware(host: Host, hook: str, state: Any, innermost: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``innermost`` by every implementation, once; the first plugin of the recipe ends up outermost."""
     call = innermost
-    for name, wrap in reversed(host.implementations(hook)):
+    for name, found in reversed(host.implementations(hook)):
+        wrap = found if host.watch is None else host.watch.wrap(name, hook, found)
         call = wrap(state, call)
         if not callable(call):
             raise PluginError(name, hook, f"must return a callable, got {type(call).__name__}")

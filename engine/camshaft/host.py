@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from camshaft.errors import CamshaftError, MachineError, PluginError, Problem, RecipeError, is_out_of_memory
 from camshaft.hookspecs import FAMILIES, SLOTS
 from camshaft.plugin import HOOK_API, PROJECT, Plugin
+
+if TYPE_CHECKING:
+    from camshaft.contracts import Contracts
 
 GROUP = "camshaft.plugins"
 
@@ -79,6 +82,9 @@ def plugin_class(name: str) -> type[Plugin]:
 
 class Host:
     """The plugins of one run, registered in recipe order."""
+
+    watch: Contracts | None = None
+    """Looks at what hooks write, once they are bound; None: nothing does."""
 
     def __init__(self, plugins: Mapping[str, Plugin]) -> None:
         self.plugins = dict(plugins)

@@ -185,6 +185,10 @@ class Trainer:
         self.state.data_fingerprint = data.fingerprint
         self.state.components = components(self.host, self.state)
         self._plans = checked.plans
+        if recipe.debug.contracts:
+            from camshaft.contracts import Contracts
+
+            self.host.watch = Contracts(self.state, checked.plans)
         self.stepper = Stepper(self.host, self.state, program)
         self.meter = Meter(self.state)
         self._log = bind.event(self.host, "log")

@@ -45,7 +45,7 @@ class Stepper:
         # The owner of precision divides out the loss scale there: the others see gradients without it.
         precision = host.owner("precision")
         self._post_reduce = bind.event(host, "post_reduce", first=None if precision is None else precision[0])
-        self._masters = state.masters
+        self._masters, self._watch = state.masters, host.watch
         self._clip = bind.slot(host, "clip")
         self._lr = bind.slot(host, "lr")
         self._parameters = tuple(state.model.parameters())
@@ -118,6 +118,8 @@ class Stepper:
 
     def _do_reduce(self, _: Action) -> None:
         self.strokes.agree()  # a rank without a loss has not asked yet
+        if self._watch is not None:
+            self._watch.compare_copies()
         if self._reduce is not None:
             self._reduce(self.state)
         if self._masters is not None:
