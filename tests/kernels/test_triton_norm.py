@@ -41,9 +41,8 @@ def sum_rounded_to(dtype):
 def test_equal_to_torch(shape, dtype):
     weight = randn(shape[-1], dtype=dtype, seed=1)
     compare(norm_alone(kernels()), norm_alone(ops), randn(*shape, dtype=dtype), weight)
-    compare(
-        norm_of_sum(kernels()), norm_of_sum(ops), randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=2), weight
-    )
+    terms = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=2)
+    compare(norm_of_sum(kernels()), norm_of_sum(ops), *terms, weight, exactly=sum_rounded_to(dtype))
 
 
 def test_rows_of_one():

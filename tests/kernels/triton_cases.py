@@ -29,11 +29,12 @@ def outcome(function, inputs, like=None):
     inputs = inputs if like is None else [widened(value) for value in inputs]
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [randn(*value.shape, dtype=torch.float64, seed=7 + index).detach() for index, value in enumerate(outputs)]
-    rounded = [up.to(value.dtype) for up, value in zip(upstream, like or outputs, strict=False)]
-    rounded = [up.to(value.dtype) for up, value in zip(rounded, outputs, strict=True)]
+    upstream = []
+    for index, (value, rounded) in enumerate(zip(outputs, like or outputs, strict=False)):
+        made = randn(*value.shape, dtype=torch.float64, seed=7 + index).detach()
+        upstream.append(made.to(rounded.dtype).to(value.dtype))
     leaves = [value for value in flat(inputs) if value.requires_grad]
-    return [*(value.detach() for value in outputs), *torch.autograd.grad(outputs, leaves, rounded)]
+    return [*(value.detach() for value in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
 
 def flat(values):
