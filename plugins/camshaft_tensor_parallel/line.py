@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from camshaft.comm import Channel
+from camshaft_tensor_parallel import traced
 
 
 class Line:
@@ -22,6 +23,7 @@ class Line:
     def __init__(self, channel: Channel, *, sequence: bool) -> None:
         self.channel, self.sequence = channel, sequence
         self.size, self.rank = channel.size, channel.rank
+        self._number = traced.register(self)
         self.rows = self.length = 0
         """Shape of the batch of the forward that runs."""
 
@@ -37,11 +39,15 @@ class Line:
     def enter(self, hidden: Tensor) -> Tensor:
         """Whole hidden states for a region; their gradient is summed over ranks. In autocast's dtype where it is on."""
         hidden = narrow(hidden)
+        if torch.compiler.is_compiling():
+            return traced.enter(hidden, self._number, gather=self.sequence)
         whole: Tensor = (_Gather if self.sequence else _Enter).apply(hidden, self)  # type: ignore[no-untyped-call]
         return whole
 
     def leave(self, partial: Tensor) -> Tensor:
         """The sum over ranks of ``partial`` [b, s, h], which this may overwrite: whole, or this rank's tokens."""
+        if torch.compiler.is_compiling():
+            return traced.leave(partial, self._number, scatter=self.sequence)
         summed: Tensor = (_Scatter if self.sequence else _Leave).apply(partial, self)  # type: ignore[no-untyped-call]
         return summed
 

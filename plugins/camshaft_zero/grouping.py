@@ -60,6 +60,13 @@ def parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def piece(name: str, pieces: Collection[str]) -> str:
+    """The module of ``pieces`` that ``name`` is inside of, or ``name``."""
+    parts = name.split(".")
+    around = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((each for each in around if each in pieces), name)
+
+
 SHARES = 4
 """Buckets that a model is cut into at least, if they are not smaller than ``LEAST_SHARE``."""
 

@@ -14,7 +14,7 @@ from camshaft.stages import Stages, stages_of
 from camshaft_zero.costs import summed_each
 from camshaft_zero.gatherer import Gatherer
 from camshaft_zero.grid import Grid
-from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, matches, settle_nesting
+from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, matches, piece, settle_nesting
 from camshaft_zero.provider import Storage
 from camshaft_zero.publisher import Publisher
 from camshaft_zero.reducer import Reducer
@@ -41,7 +41,7 @@ class Native(Storage):
         self.grid = Grid(world, placement, plugin)
         self.divided = placement.parameters and self.grid.inner is not None
         self._owners: dict[str, list[Module]] = {
-            item.name: [model.get_submodule(name) for name in holders(item)]
+            item.name: [model.get_submodule(piece(name, world.pieces)) for name in holders(item)]
             for items in items_of(model)
             for item in items
         }
@@ -73,10 +73,31 @@ class Native(Storage):
             for stages, items in reversed(trained.items()):  # in the order of backward, as buckets are
                 groups += [(group, stages) for group in buckets(items, options.bucket_size_mb, size)]
             self._check_overlap([group for group, _ in groups], size)
+        self._join_pieces([group for group, _ in groups])
         return [
             Unit(index, group, model, self.grid, world, self.divided, stages)
             for index, (group, stages) in enumerate(groups)
         ]
+
+    def _join_pieces(self, groups: list[Group]) -> None:
+        """Modules inside of one that was compiled are not called: it is called in their place.
+
+        Raises:
+            RecipeError: a unit is to be gathered inside of such a module.
+        """
+        for group in groups:
+            modules = list(dict.fromkeys(piece(name, self._world.pieces) for name in group.modules))
+            if self.divided and modules != group.modules:
+                inner = next(name for name in group.modules if name not in modules)
+                raise RecipeError(
+                    Problem(
+                        f"'{inner}' is a unit inside of '{piece(inner, self._world.pieces)}', which runs as one "
+                        "(compiled) piece: nothing can be gathered in the middle of it",
+                        key=f"plugins.{self._plugin}.units",
+                        fix="choose whole layers as units, or compile smaller modules",
+                    )
+                )
+            group.modules = modules
 
     def _check_patterns(self, model: Module) -> None:
         """Refuse a pattern of units that chooses nothing."""

@@ -1,0 +1,164 @@
+"""Which modules are compiled, and their forwards."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module
+
+from camshaft.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from camshaft.state import World
+    from camshaft_compile import Options
+
+Call = Callable[..., Any]
+Marks = frozenset[object]
+
+
+class Blocks:
+    """Modules with a compiled forward beside their own; ``begin`` makes them use it.
+
+    Raises:
+        RecipeError: a pattern that matches nothing, or a module inside of another.
+    """
+
+    def __init__(self, options: Options, world: World, model: Module, plugin: str) -> None:
+        self._key = f"plugins.{plugin}"
+        self._running = False
+        self.names = chosen(options, model, self._key)
+        self._modules = [model.get_submodule(name) for name in self.names]
+        if options.backend == "inductor" and options.cache_dir is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", options.cache_dir)
+        # Tracing looks whether inputs have a gradient, also at those that cannot have one.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch")
+        self._before = [vars(module).get("forward") for module in self._modules]
+        self._inside = {name: _marks(module) for name, module in zip(self.names, self._modules, strict=True)}
+        for module in self._modules:
+            module.forward = self._forward(module.forward, arguments(options))
+        world.pieces.update(self.names)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code runs."""
+        return self._running
+
+    def begin(self) -> None:
+        """Use compiled code from now on."""
+        self._running = True
+
+    def check(self, model: Module) -> None:
+        """Refuse what others put inside of compiled modules since: it would not run, or break the graph.
+
+        Raises:
+            RecipeError: names the module.
+        """
+        for name, module in zip(self.names, self._modules, strict=True):
+            for inner, marks in _marks(module).items():
+                if marks - self._inside[name].get(inner, frozenset()):
+                    raise RecipeError(
+                        Problem(
+                            f"a plugin put a hook or a forward on '{name}.{inner}', inside of '{name}', after that was "
+                            "compiled as one (split backwards of a pipeline do so, and storage that gathers parts of "
+                            "a layer)",
+                            key=self._key,
+                            fix=f"choose smaller modules with {self._key}.modules, or change that plugin's options, "
+                            f"or set {self._key}=null",
+                        )
+                    )
+
+    def close(self) -> None:
+        """Give the modules the forwards back that they had."""
+        self._running = False
+        for module, before in zip(self._modules, self._before, strict=True):
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
+        self._modules, self._before = [], []
+
+    def _forward(self, inner: Call, named: dict[str, Any]) -> Call:
+        compiled: Call = torch.compile(inner, **named)
+
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            return (compiled if self._running else inner)(*arguments, **keywords)
+
+        return forward
+
+
+def arguments(options: Options) -> dict[str, Any]:
+    """Those of ``torch.compile``."""
+    named: dict[str, Any] = {
+        "backend": options.backend,
+        "dynamic": options.dynamic,
+        "fullgraph": options.fullgraph,
+    }
+    if options.backend == "inductor":
+        named["mode"] = "reduce-overhead" if options.cuda_graphs else options.mode
+    return named
+
+
+def chosen(options: Options, model: Module, key: str) -> list[str]:
+    """Names of the modules to compile, in the model's order; none inside of another."""
+    names = [name for name, _ in model.named_modules() if name]
+    patterns = options.modules or _layers(model, key)
+    found = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+    for pattern in options.modules:
+        if not any(_matches(name, pattern) for name in names):
+            raise RecipeError(
+                Problem(
+                    f"the pattern '{pattern}' matches no module",
+                    key=f"{key}.modules",
+                    fix="write names as model.layers.* or model.layers.*.mlp; a * stands for one level",
+                )
+            )
+    for name in found:
+        outer = next((other for other in found if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise RecipeError(
+                Problem(
+                    f"'{name}' is inside of '{outer}', and both are to be compiled",
+                    key=f"{key}.modules",
+                    fix="choose one of them",
+                )
+            )
+    return found
+
+
+def _layers(model: Module, key: str) -> list[str]:
+    """A glob for the members of the list of layers that the model tells of."""
+    pipeline = getattr(model, "pipeline", None)
+    if pipeline is None:
+        raise RecipeError(
+            Problem(
+                f"{type(model).__name__} does not tell what its layers are (attribute `pipeline`)",
+                key=f"{key}.modules",
+                fix=f"name the modules to compile, for example {key}.modules=['layers.*']",
+            )
+        )
+    return [f"{pipeline.layers}.*"]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Level by level: a ``*`` matches no dot."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _marks(module: Module) -> dict[str, Marks]:
+    """Hooks and forwards on each module inside of ``module``, so that new ones show."""
+    return {
+        name: frozenset(
+            [
+                *(("before", number) for number in inner._forward_pre_hooks),
+                *(("after", number) for number in inner._forward_hooks),
+                *(("forward", id(own)) for own in (vars(inner).get("forward"),) if own is not None),
+            ]
+        )
+        for name, inner in module.named_modules()
+        if name
+    }

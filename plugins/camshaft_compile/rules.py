@@ -1,0 +1,101 @@
+"""What can be compiled where. Pure, without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from camshaft.claims import PlanContext
+from camshaft.errors import Problem
+
+if TYPE_CHECKING:
+    from camshaft_compile import Options
+
+SPLIT_BACKWARD = frozenset({"zb_h1", "zbv", "dualpipe_v"})
+"""Schedules of the plugin `pipeline` that put weight products off."""
+
+
+def problems(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
+    """Every fault that is known before anything runs; ``key`` is the plugin's place in the recipe."""
+    yield from _of_options(options, context, key)
+    yield from _of_others(context, key)
+    if options.backend == "inductor" and context.device != "any":
+        missing = missing_tools(context.device)
+        if missing is not None:
+            yield Problem(
+                f"the backend 'inductor' compiles for {context.device} with {missing}",
+                key=f"{key}.backend",
+                fix="install it, or point to it (CXX for C++, CC for C), or train uncompiled with " + f"{key}=null",
+            )
+
+
+def _of_options(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
+    if options.backend != "inductor":
+        for name in ("mode", "cuda_graphs", "cache_dir"):
+            if name in options.model_fields_set:
+                yield Problem(
+                    f"only inductor reads '{name}', and the backend is '{options.backend}'",
+                    key=f"{key}.{name}",
+                    fix=f"remove it, or set {key}.backend=inductor",
+                )
+        return
+    if not options.cuda_graphs:
+        return
+    if context.device == "cpu":
+        yield _no_graphs("CUDA graphs record launches of CUDA kernels, and this run is on a CPU", key)
+    elif options.dynamic:
+        yield _no_graphs("a CUDA graph has one shape, and `dynamic: true` is for changing ones", key)
+    elif options.mode != "default":
+        yield _no_graphs(f"mode '{options.mode}' says that there are no CUDA graphs", key)
+    elif context.mesh["pp"].degree > 1:
+        yield _no_graphs(
+            "a replayed CUDA graph writes where it wrote before, and a pipeline holds several microbatches at once", key
+        )
+
+
+def _no_graphs(message: str, key: str) -> Problem:
+    return Problem(message, key=f"{key}.cuda_graphs", fix=f"set {key}.cuda_graphs=false")
+
+
+def _of_others(context: PlanContext, key: str) -> Iterator[Problem]:
+    plugins = context.recipe.plugins
+    schedule = getattr(plugins.get("pipeline"), "schedule", None)
+    if schedule in SPLIT_BACKWARD and getattr(plugins.get("pipeline"), "table", None) is None:
+        yield Problem(
+            f"the schedule '{schedule}' puts the weight products of each linear layer off, and a compiled block has "
+            "one backward for all of them",
+            key=key,
+            fix=f"set plugins.pipeline.schedule=1f1b (or interleaved_1f1b), or {key}=null",
+        )
+    if getattr(plugins.get("deepspeed"), "stage", None) == 3:
+        yield Problem(
+            "DeepSpeed's stage 3 gathers parameters by hooks on every module, also inside of compiled blocks",
+            key=key,
+            fix=f"set plugins.deepspeed.stage=2, or take plugins.zero instead, or {key}=null",
+        )
+    if getattr(plugins.get("tensor_parallel"), "overlap", False):
+        yield Problem(
+            "tensor parallel with `async` sends in pieces between products, which cannot be part of one graph",
+            key=key,
+            fix=f"set plugins.tensor_parallel.async=false, or {key}=null",
+        )
+
+
+def missing_tools(device: str) -> str | None:
+    """What inductor needs on ``device`` (cpu or cuda) and this machine lacks; None: nothing."""
+    if device == "cuda" and find_spec("triton") is None:
+        return "Triton, which is not installed"
+    variable, name, language = ("CC", "gcc", "C") if device == "cuda" else ("CXX", "g++", "C++")
+    compiler = os.environ.get(variable, name)
+    found = [shutil.which(each.split()[0]) for each in (compiler, "clang") if each.split()]
+    if not any(found[:1] if device == "cpu" else found):
+        return f"a {language} compiler, and there is no '{compiler}' here"
+    include = sysconfig.get_path("include")
+    if include and not (Path(include) / "Python.h").exists():
+        return f"Python's headers, and there is no Python.h in {include}"
+    return None
