@@ -89,6 +89,9 @@ class World:
     boxes: dict[str, Box] = field(default_factory=dict)
     """Which rectangle of the whole each of this rank's parameters is, by name; set in ``shard_compute`` by the owner of
     an axis that divides the model, for every parameter, also those that it replicates. Empty: all are whole."""
+    pieces: set[str] = field(default_factory=set)
+    """Names of modules that run as one (compiled) piece; set in ``compile_model``. Hooks on a module inside of one are
+    not run: put them on the piece."""
     stages: dict[str, int] = field(default_factory=dict)
     """Pipeline stage of each of this rank's parameters, by name; set by the owner of ``split``. Empty: all in 0."""
     makes_loss: bool = True
