@@ -1,0 +1,52 @@
+"""Which standard tests a plugin has to pass, and what may be put in their place: nothing without a stated reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
+ONLY = {
+    "test_frozen_and_unused_parameters": {"reducer", "sharder", "optimizer"},
+    "test_the_schedule_is_sound_for_every_size": {"schedule"},
+    "test_kernels_match_fp64": {"kernel"},
+}
+"""Tests that are for some kinds alone; all others are for every plugin."""
+SETTINGS = ("ranks", "bounds", "compute")
+"""Attributes that weaken tests where they are not the standard's, and so need a reason too."""
+
+
+def apply(cls: type[Any], standard: type[Any]) -> None:
+    """Leave out what is not for the class' kind, and refuse what is changed without a reason.
+
+    Raises:
+        TypeError: a kind, a name in ``except_for`` or a change that is not allowed.
+    """
+    tests = [name for name in vars(standard) if name.startswith("test_")]
+    if cls.kind not in KINDS:
+        raise TypeError(f"{cls.__name__}.kind is '{cls.kind}'; there are: {', '.join(KINDS)}")
+    known = {*tests, *SETTINGS}
+    for name, reason in cls.except_for.items():
+        if name not in known:
+            raise TypeError(f"{cls.__name__}.except_for names '{name}'; there are: {', '.join(sorted(known))}")
+        if not (isinstance(reason, str) and len(reason.split()) >= 3):
+            raise TypeError(f"{cls.__name__}.except_for['{name}'] must be a reason in words")
+    for name in known:
+        changed = getattr(cls, name) is not getattr(standard, name)
+        if changed and getattr(cls, name) is not None and name not in cls.except_for:
+            raise TypeError(
+                f"{cls.__name__} changes '{name}' of the standard: say why, except_for = {{'{name}': 'the reason'}}"
+            )
+        if name in tests and cls.kind not in ONLY.get(name, {cls.kind}):
+            setattr(cls, name, None)  # pytest collects no None
+        elif name in tests and name in cls.except_for and not changed:
+            setattr(cls, name, _excused(cls.except_for[name]))
+
+
+def _excused(reason: str) -> Callable[[Any], None]:
+    def test(self: Any) -> None:
+        import pytest
+
+        pytest.skip(reason)
+
+    return test

@@ -1,0 +1,191 @@
+"""Recipes of the smallest run that still has what makes plugins wrong.
+
+Documents of uneven length (so that a mean of means is off), a model that neither two nor four ranks divide evenly, tied
+embeddings, clipping that is active in every step, a last window that is short.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from camshaft.errors import RecipeError
+from camshaft.recipe import check, load
+from camshaft.testing.conformance.companions import least, shipped, slots
+
+if TYPE_CHECKING:
+    from camshaft.recipe import Resolved
+
+BATCH, SAMPLES, STEPS = 12, 43, 4
+"""Four windows, the last one of 7 samples."""
+MODEL = {
+    "vocab_size": 259,  # odd: no degree of tensor parallel divides it
+    "hidden_size": 20,
+    "intermediate_size": 38,
+    "num_hidden_layers": 5,  # neither 2 nor 4 stages divide it
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+AXES: tuple[Mapping[str, int], ...] = ({}, {"tensor_parallel": 2}, {"pipeline_parallel": 2})
+"""Degrees with which a plugin beside the tested one is tried, in this order."""
+
+Tree = Mapping[str, Any]
+
+
+def write_corpus(folder: Path) -> Path:
+    """One document of 1 to 60 letters a sample; returns ``folder``."""
+    path = folder / "documents.jsonl"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        chooser = random.Random(5)  # noqa: S311  the same documents each time
+        sizes = [chooser.randint(1, 60) for _ in range(SAMPLES)]
+        texts = [f"{index} " + "".join(chooser.choices("abcdefgh .", k=size)) for index, size in enumerate(sizes)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return folder
+
+
+def merge(*trees: Tree) -> dict[str, Any]:
+    """Sections of later trees over those of earlier ones, key by key to any depth."""
+    found: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = merge(found[key], value) if both else value
+    return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Makes recipes around one plugin: ``fragment`` is the author's part of them."""
+
+    fragment: Tree
+    corpus: Path
+    folder: Path
+    """Where recipes and runs go."""
+    compute: str = "fp64"
+    max_norm: float | None = 0.1
+
+    def resolve(self, ranks: int, accumulation: int = 3, *, run: str = "", **sections: Any) -> Resolved:
+        """The recipe for ``ranks`` processes, completed by what it lacks: an optimizer, a sum over data ranks.
+
+        Recipes with the same ``run`` share a run directory: the second one continues what the first one began.
+
+        Raises:
+            RecipeError: it is refused, with the reasons that the fragment itself gives.
+        """
+        resolved = self._load(self._tree(ranks, accumulation, run, sections), ranks)
+        problems = check(resolved, ranks, device="cpu").problems
+        if not problems:
+            return resolved
+        for tree in self._completed(resolved.tree):
+            complete = self._load(tree, ranks)
+            if not check(complete, ranks, device="cpu").problems:
+                return complete
+        raise RecipeError(problems)
+
+    def beside(self, other: str, ranks: int = 2, accumulation: int = 3) -> tuple[Resolved, int] | None:
+        """The recipe with plugin ``other`` beside, and on how many ranks: twice ``ranks`` where ``other`` needs an axis
+        of its own. None where it is refused.
+        """
+        for degrees in AXES:
+            if set(degrees) & set(self.fragment.get("parallel", {})):
+                continue
+            many = ranks * (2 if degrees else 1)
+            try:
+                plugins = {other: dict(least(other))}
+                return self.resolve(many, accumulation, plugins=plugins, parallel=dict(degrees)), many
+            except (RecipeError, ValueError):
+                continue
+        return None
+
+    def alone(self, resolved: Resolved) -> Resolved:
+        """The recipe of one plain process: optimizer and precision of ``resolved``, without anything that divides."""
+        kept = {name: value for name, value in resolved.tree["plugins"].items() if slots([name]) & {"optimizer"}}
+        tree = {key: value for key, value in resolved.tree.items() if key not in ("parallel", "plugins")}
+        return self._load({**tree, "plugins": kept}, 1)
+
+    def _tree(self, ranks: int, accumulation: int, run: str, sections: Tree) -> dict[str, Any]:
+        tree = merge(self._base, self.fragment, sections)
+        degrees = tree.get("parallel", {})
+        fixed = degrees.get("tensor_parallel", 1) * degrees.get("pipeline_parallel", 1)
+        micro = BATCH // (accumulation * max(ranks // fixed, 1))
+        tree["batch"] = {"micro_batch_size": micro, "global_batch_size": BATCH} | tree.get("batch", {})
+        tree["run"] = {"dir": str(self.folder / (run or f"run{next(_numbers)}"))}
+        usual: dict[str, Any] = {"precision": {"compute": self.compute}}
+        if self.max_norm is not None:
+            usual["clip"] = {"max_norm": self.max_norm}
+        if "optimizer" not in slots(name for name, value in tree["plugins"].items() if value is not None):
+            usual |= self._optimizer
+        owned = slots(name for name, value in tree["plugins"].items() if value is not None)
+        fitting = {name: value for name, value in usual.items() if not slots([name]) & owned}
+        tree["plugins"] = {**tree["plugins"], **{k: v for k, v in fitting.items() if k not in tree["plugins"]}}
+        return tree
+
+    @property
+    def _base(self) -> Tree:
+        return {
+            "schema_version": 1,
+            "name": "conformance",
+            "seed": 3,
+            "model": MODEL,
+            "tokenizer": {"type": "byte"},
+            "data": {
+                "train": {"files": [str(self.corpus / "documents.jsonl")]},
+                "validation_fraction": 0.0,
+                "sequence_length": 32,
+                "pack": False,
+                "cache_dir": str(self.corpus / "cache"),
+            },
+            "training": {"max_epochs": 1, "log_every": 1},
+            "launch": {"device": "cpu", "threads_per_rank": 1, "group_timeout_s": 30},
+            "plugins": {},
+        }
+
+    @cached_property
+    def _optimizer(self) -> Tree:
+        """The first shipped optimizer that works element by element, and so beside everything."""
+        for name in shipped():
+            if "optimizer" in slots([name]):
+                tree = {**self._base, "batch": {"micro_batch_size": 1, "global_batch_size": 1}}
+                resolved = self._load({**tree, "plugins": {name: dict(least(name))}}, 1)
+                if "elementwise_optimizer" in check(resolved, 1, device="cpu").require().plans[name].provides:
+                    return {name: dict(least(name))}
+        raise LookupError("no shipped plugin is an optimizer that works element by element")
+
+    def _completed(self, tree: Tree) -> Iterator[Tree]:
+        """``tree`` with one more shipped plugin that sums gradients, plain ones first."""
+        found = []
+        for name in shipped():
+            if name not in tree["plugins"] and hasattr(plugin := _class(name), "reduce") and hasattr(plugin, "plan"):
+                found.append((len(slots([name])), name))
+        for _, name in sorted(found):
+            yield {**tree, "plugins": {name: dict(least(name)), **tree["plugins"]}}
+
+    def _load(self, tree: Tree, ranks: int) -> Resolved:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"recipe{next(_numbers)}.yaml"
+        path.write_text(yaml.safe_dump(dict(tree), sort_keys=False), encoding="utf-8")
+        return load(path, world_size=ranks)
+
+
+def _class(name: str) -> type:
+    from camshaft.host import plugin_class
+
+    return plugin_class(name)
+
+
+_numbers = itertools.count()

@@ -1,0 +1,68 @@
+"""Every plugin of ours under the kit that everybody's plugins are under: a table line each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from camshaft.testing import Conformance
+from camshaft.testing.conformance.companions import shipped
+
+
+class Line(NamedTuple):
+    """Kind, options, and whatever else of the class differs."""
+
+    kind: str
+    options: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+
+
+TP, PP = {"parallel": {"tensor_parallel": 2}}, {"parallel": {"pipeline_parallel": 2}}
+
+
+def linear(self: Conformance, step: int, total: int) -> float:
+    """What ``lr_schedule`` must give below."""
+    return (step + 1) / 2 if step < 2 else 1.0 - 0.9 * (step - 2) / (total - 3)
+
+
+LINEAR = {"reference_lr": linear}
+DEEPSPEED = {"compute": "fp32", "except_for": {"compute": "DeepSpeed sums gradients in fp32 at most"}}
+TABLE = {
+    "adafactor": Line("optimizer", {"lr": 1e-3}),
+    "adamw": Line("optimizer", {"lr": 1e-3}),
+    "checkpoint": Line("observer", {"every_steps": 2}),
+    "clip": Line("observer", {"max_norm": 0.1}),
+    "console": Line("observer"),
+    "ddp": Line("reducer", {"bucket_size_mb": 0.005}),
+    "deepspeed": Line("sharder", {"stage": 2}, DEEPSPEED),
+    "jsonl": Line("observer"),
+    "lamb": Line("optimizer", {"lr": 1e-3}),
+    "ledger": Line("observer"),
+    "lion": Line("optimizer", {"lr": 1e-3}),
+    "lr_schedule": Line("observer", {"type": "linear", "warmup_steps": 2, "min_lr_ratio": 0.1}, LINEAR),
+    "muon": Line("optimizer", {"lr": 1e-3}),
+    "pipeline": Line("schedule", {}, PP),
+    "precision": Line("observer", {"compute": "fp64"}),
+    "sgd": Line("optimizer", {"lr": 1e-2, "momentum": 0.9}),
+    "tensor_parallel": Line("sharder", {}, TP),
+    "tensorboard": Line("observer"),
+    "wandb": Line("observer", {"mode": "offline"}),
+    "zero": Line("sharder", {"stage": 3}),
+}
+
+
+def case(name: str, line: Line) -> type[Conformance]:
+    """The class that the kit asks for."""
+    changes = dict(line.changes)
+    recipe = {"plugins": {name: line.options}, "parallel": changes.pop("parallel", {})}
+    return type(f"Test_{name}", (Conformance,), {"plugin": name, "kind": line.kind, "recipe": recipe, **changes})
+
+
+globals().update({f"Test_{name}": case(name, line) for name, line in TABLE.items()})
+
+
+LATER = {"compile", "kernels", "recompute"}
+"""Without hooks as long as they are not written."""
+
+
+def test_every_shipped_plugin_has_a_line() -> None:
+    assert {*shipped()} - LATER == TABLE.keys()
