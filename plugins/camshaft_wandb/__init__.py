@@ -9,13 +9,17 @@ exit handler waits for uploads without a limit. Training starts at once; when th
 The run's id is kept in ``<run directory>/wandb_id``: a resumed run continues its run. Every metric has
 ``progress/global_step`` as its axis, and wandb's own step counter is never set, because it refuses to go back when a
 run is resumed from a checkpoint. Under a sweep's agent, the id, project and entity are the agent's. Claims nothing.
+
+On demand, papers of the run go along (``artifacts``): the recipe as resolved, the certificate that ``camshaft verify``
+gave it, the plan with its memory, the ledger's table and the schedule's drawing. Alerts (``alerts``) are made by the
+thread from the records that pass, and from none passing; so they too cost a step nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,12 +27,21 @@ from pydantic import Field
 
 import camshaft
 from camshaft import Plan, Problem, hookimpl
+from camshaft_wandb.alerts import Alerts, Watch
 from camshaft_wandb.client import Client
-from camshaft_wandb.identity import public, resolve_mode, run_id
+from camshaft_wandb.identity import public, public_text, resolve_mode, run_id
+from camshaft_wandb.papers import Message, Paper, at_end, at_start
 
 if TYPE_CHECKING:
     from camshaft.state import State
 
+_MISSING = {
+    "recipe": "this run has no recipe.yaml to upload",
+    "certificate": "there is no certificate of this recipe to upload: `camshaft verify` makes one",
+    "plan": "this run was not started by `camshaft train`, so there is no plan to upload",
+    "ledger": "there is no ledger to upload: add plugins.ledger",
+    "schedule": "there is no drawing of a schedule to upload: let the plugin that runs the schedule write one",
+}
 _FORBIDDEN = "/\\#?%:"
 _logger = logging.getLogger("camshaft.wandb")
 
@@ -54,6 +67,10 @@ class Options(camshaft.Options):
     """`auto`: online if there is a key, else offline. `WANDB_MODE` decides for `auto`, and can hold `online` back."""
     dir: str | None = None
     """Where wandb keeps its files; default: the run directory."""
+    artifacts: list[Paper] = []
+    """What is uploaded beside the metrics: `recipe`, `certificate`, `plan`, `ledger`, `schedule`."""
+    alerts: Alerts = Alerts()
+    """What W&B is to alert people of."""
     system_metrics: bool = True
     """Let wandb sample the use of GPU, CPU and memory of rank 0 and its machine."""
     start_timeout_s: Annotated[float, Field(gt=0, le=90)] = 30.0
@@ -70,6 +87,7 @@ class Plugin(camshaft.Plugin):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self._client: Client | None = None
+        self._last: Mapping[str, float | int] = {}
 
     @hookimpl
     def plan(self) -> Plan:
@@ -89,7 +107,9 @@ class Plugin(camshaft.Plugin):
                 output=run / "logs" / "wandb.log",
                 start_timeout_s=self.options.start_timeout_s,
                 close_timeout_s=self.options.close_timeout_s,
+                watch=Watch(self.options.alerts, f"{state.world.recipe.name} ({run.name})"),
             )
+            self._send(at_start(self.options.artifacts, run, state.world.recipe.name))
         except OSError as error:
             _logger.warning("W&B is off, %s cannot be written: %s", run, error)
 
@@ -97,12 +117,29 @@ class Plugin(camshaft.Plugin):
     def log(self, state: State, record: Mapping[str, float | int]) -> None:
         if self._client is not None:
             self._client.log(record)
+            if "train/loss" in record:
+                self._last = record
 
     @hookimpl
     def close(self, state: State, status: str) -> None:
-        client, self._client = self._client, None
+        client = self._client
         if client is not None:
+            run = Path(state.world.run.path)
+            self._send(at_end(self.options.artifacts, run, state.world.recipe.name, self._last))
+            self._client = None
             client.close(exit_code=0 if status == "finished" else 1)
+
+    def _send(self, messages: Iterator[Message]) -> None:
+        """Queue papers; those that are wanted and not there are told of once."""
+        assert self._client is not None
+        for message in messages:
+            if "missing" in message:
+                _logger.warning("W&B: %s", _MISSING[message["missing"]])
+                continue
+            content = next(iter(message.values()))
+            if "files" in content:
+                content["files"] = {file: public_text(text, os.environ) for file, text in content["files"].items()}
+            self._client.send(message)
 
     def _init_arguments(self, state: State, run: Path) -> dict[str, Any]:
         """Arguments of ``wandb.init``. A sweep's agent has chosen project, entity and name: they are left to it."""

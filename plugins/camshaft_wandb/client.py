@@ -11,13 +11,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from camshaft_wandb.alerts import Alert, Watch
 from camshaft_wandb.process import Worker, WorkerLost
 
 QUEUE_RECORDS = 10_000
+_LOOK_S = 1.0
+"""How often the thread asks, while nothing comes, whether that is a stall."""
 _IMPORT_LIMIT_S = 60.0
 """Starting Python and importing wandb: seconds on a shared file system with a cold cache, and nobody waits."""
 _EXIT_LIMIT_S = 1.0
@@ -30,17 +33,27 @@ _logger = logging.getLogger("camshaft.wandb")
 class Client:
     """Feeds records to W&B until ``close``. Warns at most a few times, never raises.
 
-    ``request`` is what the worker needs to start: ``mode``, ``init`` and ``settings``.
+    ``request`` is what the worker needs to start: ``mode``, ``init`` and ``settings``. ``watch`` is shown every record
+    on the thread, and asked about silence between them; what it tells becomes an alert.
     """
 
     def __init__(
-        self, request: dict[str, Any], *, output: Path, start_timeout_s: float, close_timeout_s: float
+        self,
+        request: dict[str, Any],
+        *,
+        output: Path,
+        start_timeout_s: float,
+        close_timeout_s: float,
+        watch: Watch | None = None,
     ) -> None:
         self._request = request
         self._output = output
         self._start_timeout_s = start_timeout_s
         self._close_timeout_s = close_timeout_s
-        self._records: deque[dict[str, float | int]] = deque()
+        self._watch = watch
+        self._heard = time.monotonic()
+        self._records: deque[dict[str, Any]] = deque()
+        """Messages for the worker; nearly all of them are records."""
         self._changed = threading.Condition()
         self._exit_code: int | None = None
         self._close_by = float("inf")
@@ -53,13 +66,18 @@ class Client:
 
     def log(self, record: Mapping[str, float | int]) -> None:
         """Queue one record; when the queue is full the oldest one goes."""
+        self.send({"log": dict(record)})
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queue a message for the worker; as ``log``."""
         with self._changed:
             if self._given_up or len(self._records) >= QUEUE_RECORDS:
                 self.dropped += 1
                 if self._given_up:
                     return
                 self._records.popleft()
-            self._records.append(dict(record))
+            self._records.append(message)
+            self._heard = time.monotonic()
             self._changed.notify()
 
     def close(self, exit_code: int) -> None:
@@ -136,18 +154,25 @@ class Client:
     def _pump(self, worker: Worker) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._records) or self._exit_code is not None)
-                record = self._records.popleft() if self._records else None
-            if record is None:
-                break
+                self._changed.wait_for(lambda: bool(self._records) or self._exit_code is not None, _LOOK_S)
+                message = self._records.popleft() if self._records else None
+                over, quiet = self._exit_code is not None, time.monotonic() - self._heard
+            if message is None:
+                if over:
+                    break
+                self._alert(worker, [] if self._watch is None else [self._watch.silent(quiet)])
+                continue
             try:
-                worker.send({"log": record})
+                worker.send(message)
             except WorkerLost:
                 with self._changed:
-                    self._records.appendleft(record)
+                    self._records.appendleft(message)
                 raise
             except (TypeError, ValueError):  # a plugin's value that is no number
                 self.dropped += 1
+                continue
+            if self._watch is not None and "log" in message:
+                self._alert(worker, self._watch.observe(message["log"]))
         worker.send({"finish": self._exit_code})
         try:
             done = worker.expect("done", lambda: self._close_by)
@@ -157,6 +182,17 @@ class Client:
         if done["failures"]:
             _logger.warning("W&B refused %d call(s); the first: %s", done["failures"], done["reason"])
         worker.wait(min(_EXIT_LIMIT_S, self._close_by - time.monotonic()))
+
+    def _alert(self, worker: Worker, alerts: Sequence[Alert | None]) -> None:
+        """An alert that meets a worker that is lost goes to the next one with what is left."""
+        waiting = [{"alert": alert._asdict()} for alert in alerts if alert is not None]
+        for place, message in enumerate(waiting):
+            try:
+                worker.send(message)
+            except WorkerLost:
+                with self._changed:
+                    self._records.extendleft(reversed(waiting[place:]))
+                raise
 
     def _warn_unfinished(self) -> None:
         where = f": upload the rest with: wandb sync {self._directory}" if self._directory else ""

@@ -44,6 +44,12 @@ def run_id(path: Path, environ: Mapping[str, str]) -> str:
     return found
 
 
+def public_text(text: str, environ: Mapping[str, str]) -> str:
+    """``text``, in which the W&B key of this process, should it be there, is replaced by ``[removed]``."""
+    key = environ.get("WANDB_API_KEY", "")
+    return text.replace(key, "[removed]") if key else text
+
+
 def public(tree: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """A copy of ``tree`` without keys that are named like secrets; text that looks like one, or holds the W&B key,
     becomes ``[removed]``.

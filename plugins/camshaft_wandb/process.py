@@ -35,6 +35,7 @@ class Worker:
 
     def __init__(self, request: dict[str, Any], output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
+        files = Path(request["init"]["dir"]) / "wandb"
         with output.open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -47,7 +48,8 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 # wandb reports its own errors and timings to the server, offline too, and waits for that at its exit
-                env={"WANDB_ERROR_REPORTING": "false", **os.environ},
+                # and would keep artifacts that wait for `wandb sync` in the user's home
+                env={"WANDB_ERROR_REPORTING": "false", "WANDB_DATA_DIR": str(files), **os.environ},
                 start_new_session=True,  # Ctrl-C at the terminal is the trainer's to handle
                 bufsize=0,
             )

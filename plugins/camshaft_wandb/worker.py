@@ -1,6 +1,7 @@
 """The child process that drives wandb: ``python -m camshaft_wandb.worker``, one JSON object a line in and out.
 
-In: the request (``mode``, ``init``, ``settings``, ``parent``), ``{"log": record}`` ..., ``{"finish": exit code}``.
+In: the request (``mode``, ``init``, ``settings``, ``parent``), then messages of one key that says what to do
+(``{"log": record}``, ``artifact``, ``command``, ``table``, ``html``, ``alert``), at last ``{"finish": exit code}``.
 Out: ``{"event": "imported"}``, then ``ready`` or ``failed``, and at the end ``done``.
 When the input ends without ``finish`` the trainer is dead: the run is finished as failed and this process ends.
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 _STEP = "progress/global_step"
+_COMMAND_LIMIT_S = 120.0
 _ORPHAN_LIMIT_S = 10.0
 """How long the last upload may take when nobody is left to end this process."""
 
@@ -54,21 +57,54 @@ class Session:
         except self._wandb.errors.UsageError:
             return False
 
-    def log(self, record: dict[str, float]) -> None:
+    def take(self, message: dict[str, Any]) -> None:
+        """Do what a message asks for; what fails is counted, and told at the end."""
+        ((kind, content),) = message.items()
+        with self._counted():
+            getattr(self, f"_do_{kind}")(content)
+
+    def finish(self, exit_code: int) -> dict[str, Any]:
+        """Finish the run and return the ``done`` event."""
+        with self._counted():
+            self._run.finish(exit_code=exit_code)
+        return {"event": "done", "failures": self._failures, "reason": self._first_failure}
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         try:
-            self._run.log(record)
+            yield
         except Exception as error:
             self._failures += 1
             self._first_failure = self._first_failure or f"{type(error).__name__}: {error}"
 
-    def finish(self, exit_code: int) -> dict[str, Any]:
-        """Finish the run and return the ``done`` event."""
-        try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._failures += 1
-            self._first_failure = self._first_failure or f"{type(error).__name__}: {error}"
-        return {"event": "done", "failures": self._failures, "reason": self._first_failure}
+    def _do_log(self, record: dict[str, float]) -> None:
+        self._run.log(record)
+
+    def _do_alert(self, alert: dict[str, str]) -> None:
+        self._run.alert(title=alert["title"], text=alert["text"], level=alert["level"])
+
+    def _do_artifact(self, content: dict[str, Any]) -> None:
+        artifact = self._wandb.Artifact(name=content["name"], type=content["type"])
+        for name, text in content["files"].items():
+            with artifact.new_file(name, mode="w", encoding="utf-8") as file:
+                file.write(text)
+        self._run.log_artifact(artifact)
+
+    def _do_command(self, content: dict[str, Any]) -> None:
+        """An artifact of what a command prints."""
+        with open(os.devnull, "rb") as nothing:  # noqa: PTH123
+            done = subprocess.run(
+                content["line"], stdin=nothing, capture_output=True, text=True, timeout=_COMMAND_LIMIT_S
+            )
+        if done.returncode:
+            raise RuntimeError(f"no {content['type']}: {done.stderr.strip()[-200:]}")
+        self._do_artifact({**content, "files": {content["file"]: done.stdout}})
+
+    def _do_table(self, content: dict[str, Any]) -> None:
+        self._run.log({content["key"]: self._wandb.Table(columns=content["columns"], data=content["rows"])})
+
+    def _do_html(self, content: dict[str, str]) -> None:
+        self._run.log({content["key"]: self._wandb.Html(content["text"], inject=False)})
 
 
 def serve(lines: Iterator[str], replies: TextIO) -> None:
@@ -97,7 +133,7 @@ def serve(lines: Iterator[str], replies: TextIO) -> None:
         if "finish" in message:
             say(session.finish(message["finish"]))
             return
-        session.log(message["log"])
+        session.take(message)
     session.finish(1)
 
 

@@ -48,6 +48,11 @@ FAKE = textwrap.dedent(
             os._exit(9)
         return Run(mode, dir)
 
+    class Artifact:
+        def __init__(self, **more):
+            if fault == "artifact hangs":
+                time.sleep(60)
+
     def note(*words):
         with open(os.environ["FAKE_NOTES"], "a") as file:
             file.write(json.dumps(words) + "\\n")
@@ -126,10 +131,12 @@ def _logged(notes) -> list[int]:
     return [what for kind, what in notes if kind == "log"]
 
 
-@pytest.mark.parametrize("fault", ["import hangs", "init hangs", "log hangs", "finish hangs"])
+@pytest.mark.parametrize("fault", ["import hangs", "init hangs", "log hangs", "finish hangs", "artifact hangs"])
 def test_a_wandb_that_hangs_costs_no_time_but_the_closing_time(make_state, fake, caplog, fault):
     fake(fault)
-    start, log, close = _run(make_state(), steps=200, start_timeout_s=0.5, close_timeout_s=1.5)
+    state = make_state()
+    (state.world.run.path / "recipe.yaml").write_text("name: x")
+    start, log, close = _run(state, steps=200, start_timeout_s=0.5, close_timeout_s=1.5, artifacts=["recipe"])
     assert start < 0.5
     assert log < 1e-3
     assert close < 1.5 + 1.5

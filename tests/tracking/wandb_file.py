@@ -22,10 +22,16 @@ class RunFile:
     name: str = ""
     sweep_id: str = ""
     tags: list[str] = field(default_factory=list)
+    group: str = ""
+    job_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     """define_metric: name or glob to the name of its axis."""
+    alerts: list[tuple[str, str, str]] = field(default_factory=list)
+    """(title, text, level)."""
+    artifacts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """``type:name`` to the text of each of its files."""
     exit_code: int | None = None
 
 
@@ -69,12 +75,19 @@ def _add(found: RunFile, record: Any) -> None:
         run = record.run
         found.id, found.project, found.name = run.run_id, run.project, run.display_name
         found.sweep_id, found.tags = run.sweep_id, list(run.tags)
+        found.group, found.job_type = run.run_group, run.job_type
         found.config |= _items(run.config.update)
     elif kind == "history":
         found.history.append(_items(record.history.item))
     elif kind == "metric":
         name = record.metric.glob_name or record.metric.name
         found.metrics[name] = record.metric.step_metric
+    elif kind == "alert":
+        found.alerts.append((record.alert.title, record.alert.text, record.alert.level))
+    elif kind == "artifact":
+        files = {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        found.artifacts[f"{record.artifact.type}:{record.artifact.name}"] = texts
     elif kind == "exit":
         found.exit_code = record.exit.exit_code
 
