@@ -53,7 +53,7 @@ class Options(camshaft.Options):
     linear_cross_entropy: str | None = None
     """Output projection and loss in one, without full logits: torch (any device), triton, liger; unfused: apart."""
     cross_entropy: str | None = None
-    """The loss of given logits: torch, liger, transformer_engine."""
+    """The loss of given logits: torch, triton, liger, transformer_engine."""
     attention: str | None = None
     """Causal attention: torch, transformer_engine, flash_attention."""
     document_attention: str | None = None
@@ -104,10 +104,11 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def activations(self, context: PlanContext, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
-        """Without what fused operations do not keep."""
+        """What fused operations keep, in place of torch's own."""
+        from camshaft_kernels.checks import Checks
         from camshaft_kernels.kept import change
 
-        return change(kept, self.options.wishes(), context, sizes, self.name)
+        return change(kept, Checks(self.options.wishes(), context, self.name), sizes)
 
     @camshaft.hookimpl
     def kernels(self, world: World) -> Iterator[Kernel]:

@@ -1,4 +1,4 @@
-"""Whether an implementation can be used in a world: device, packages, dtype, the GPU's age, sizes."""
+"""Whether an implementation can be used: device, packages, dtype, the GPU's age, sizes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 
 def missing(offer: Offer, world: World) -> str | None:
     """Why ``offer`` cannot be used in ``world``, in one sentence; None: it can."""
-    lack = offer.lack(world.device.type)
+    model = world.recipe.model
+    width = resolve(model, model.vocab_size or 1).head_dim
+    reason = unusable(offer, world.device, dtype_of(offer.op, world), width)
+    if reason is None and not offer.compiles and COMPILER in world.recipe.plugins:
+        return f"'{COMPILER}' would trace it anew for every batch"
+    return reason
+
+
+def unusable(offer: Offer, device: torch.device, dtype: str, head: int) -> str | None:
+    """Why ``offer`` cannot be used on ``device`` for ``dtype``, with heads of width ``head``; None: it can."""
+    lack = offer.lack(device.type)
     if lack is not None:
         return lack[0]
-    dtype = dtype_of(offer.op, world)
     if dtype not in offer.dtypes:
         return f"it takes {', '.join(sorted(offer.dtypes))}, and {offer.op} gets {dtype} here"
-    if not offer.compiles and COMPILER in world.recipe.plugins:
-        return f"'{COMPILER}' would trace it anew for every batch"
-    return _on_gpu(offer, world) if offer.devices == {"cuda"} else None
-
-
-def _on_gpu(offer: Offer, world: World) -> str | None:
+    if offer.widest_head is not None and head > offer.widest_head:
+        return f"it takes heads of at most {offer.widest_head}, and these have {head}"
     if offer.provider == "triton":
         from camshaft_kernels.triton import available
 
         return available()
-    if offer.capability > (found := torch.cuda.get_device_capability(world.device)):
+    if device.type == "cuda" and offer.capability > (found := torch.cuda.get_device_capability(device)):
         return "it needs compute capability {}.{}, and this GPU has {}.{}".format(*offer.capability, *found)
-    width = resolve(world.recipe.model, world.recipe.model.vocab_size or 1).head_dim
-    if offer.widest_head is not None and width > offer.widest_head:
-        return f"it takes heads of at most {offer.widest_head}, and these have {width}"
     return None

@@ -70,8 +70,11 @@ LIST: tuple[Offer, ...] = (
     Offer(
         "document_attention", "torch_varlen", "torch:varlen", dtypes=HALF, capability=AMPERE, widest_head=256
     ),
-    *_of("triton", "rms_norm", "rope", "swiglu", "linear_cross_entropy", dtypes=EVERY, capability=AMPERE),
-    *_of("triton", "adamw", dtypes=EVERY, capability=AMPERE),
+    *_of(
+        "triton", "rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", dtypes=EVERY,
+        capability=AMPERE,
+    ),
+    *_of("triton", "adamw", capability=AMPERE),
     *_of("apex", "rms_norm", "layer_norm", "adamw", "lamb", "grad_norm"),
     *_of("liger", "rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy"),
     *_of("transformer_engine", "cross_entropy"),

@@ -52,7 +52,9 @@ def test_odd_sizes_and_several_chunks(tokens, vocabulary, width):
     if tokens == (1, 600):
         assert chunk_size(600, vocabulary, width) == 1920
         assert chunk_size(600, 50_000, width) == FEWEST
-    for got, wanted in zip(run(linear_cross_entropy, hidden, weight, labels), run(apart, hidden, weight, labels)):
+    for got, wanted in zip(
+        run(linear_cross_entropy, hidden, weight, labels), run(apart, hidden, weight, labels), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 
@@ -63,7 +65,7 @@ def test_without_tokens():
 
 
 def test_not_contiguous_inputs():
-    hidden, weight, labels = inputs()
+    _, weight, labels = inputs()
     wide = torch.randn(11, 3, 18, dtype=torch.float64)
     view, table, marks = (
         wide.transpose(0, 1)[..., ::2],

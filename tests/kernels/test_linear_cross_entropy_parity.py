@@ -1,4 +1,4 @@
-"""Runs with the loss made in chunks against plain runs, in fp64: raw gradients, norm, weights, state and loss at 1e-12."""
+"""Runs with the loss made in chunks against plain runs, in fp64: raw gradients, norm, weights, state, loss at 1e-12."""
 
 import pytest
 

@@ -29,7 +29,11 @@ COMMANDS = {
     "schema": "Write the JSON Schema of recipes, for editors.",
     "doctor": "Check this machine: torch, CUDA, NCCL, DeepSpeed and the launchers.",
     "data": "Build tokenised datasets.",
+    "bench": "Measure what a plugin chooses by on this machine.",
 }
+HIDDEN = ("trial",)
+"""What commands start of their own."""
+
 _MORE_MEMORY = "Free some, raise the limit (ulimit -v), or make the model or batch.micro_batch_size smaller"
 _LOCAL_RANK = re.compile(r"--local[-_]rank(=.*)?")
 
@@ -92,11 +96,11 @@ def _app(wanted: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for name, text in COMMANDS.items():
+    for name in (*COMMANDS, *HIDDEN):
         if name == wanted:
             importlib.import_module(f"camshaft.cli.{name}").register(app)
-        else:
-            app.command(name, help=text)(_not_imported)
+        elif name in COMMANDS:
+            app.command(name, help=COMMANDS[name])(_not_imported)
     return app
 
 

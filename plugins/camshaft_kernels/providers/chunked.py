@@ -109,16 +109,14 @@ def _chunk(
     part: Tensor, table: Tensor, labels: Tensor, wide: torch.dtype, slopes: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(sum of the losses, their gradient by the logits) of a chunk."""
-    logits = (part @ table.t()).to(wide)
+    logs = torch.log_softmax(part @ table.t(), -1, dtype=wide)
     ignored = labels == IGNORED
     places = labels.masked_fill(ignored, 0).unsqueeze(-1)
-    totals = logits.logsumexp(-1)
-    picked = logits.gather(-1, places).squeeze(-1)
-    losses = (totals - picked).masked_fill(ignored, 0.0).sum()
+    losses = -logs.gather(-1, places).squeeze(-1).masked_fill(ignored, 0.0).sum()
     if not slopes:
         return losses, None
-    slope = logits.sub_(totals.unsqueeze(-1)).exp_()
-    slope.scatter_add_(-1, places, torch.full_like(totals, -1.0).unsqueeze(-1))
+    slope = logs.exp_()
+    slope.scatter_add_(-1, places, slope.new_full((), -1.0).expand(places.shape))
     return losses, slope.masked_fill_(ignored.unsqueeze(-1), 0.0)
 
 

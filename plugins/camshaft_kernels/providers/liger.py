@@ -106,6 +106,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # a Function is told what requires gradients, not whether anybody wants them
+        hidden, weight = hidden.detach(), weight.detach()
     dtype = product_dtype(hidden)
     flat, table = hidden.flatten(0, -2).to(dtype), weight.to(dtype)
     if not labels.numel():

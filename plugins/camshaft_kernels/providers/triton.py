@@ -26,11 +26,26 @@ def swiglu() -> dict[str, Any]:
     return {"swiglu": swiglu}
 
 
-def linear_cross_entropy() -> dict[str, Any]:
-    """Projection and loss in chunks of tokens."""
-    from camshaft_kernels.triton.linear_cross_entropy import linear_cross_entropy
+def cross_entropy() -> dict[str, Any]:
+    """The loss of given logits, of which nothing else is kept."""
+    from camshaft_kernels.triton.loss import cross_entropy
 
-    return {"linear_cross_entropy": linear_cross_entropy}
+    return {"cross_entropy": cross_entropy}
+
+
+def linear_cross_entropy() -> dict[str, Any]:
+    """Projection and loss in chunks of tokens; in evaluation the loss alone."""
+    import torch
+    from torch import Tensor
+
+    from camshaft_kernels.triton.head import linear_cross_entropy as fused
+
+    def call(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a Function is told what requires gradients, not whether anybody wants them
+            hidden, weight = hidden.detach(), weight.detach()
+        return fused(hidden, weight, labels)
+
+    return {"linear_cross_entropy": call}
 
 
 def adamw() -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""``camshaft bench kernels``: time every provider that is present, and write the table by which ``auto`` chooses."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from camshaft.cli import inventory
+from camshaft.cli.console import say
+from camshaft.errors import MachineError, is_out_of_memory
+from camshaft_kernels import table
+from camshaft_kernels.cases import HEAD, Call, Case, cases
+from camshaft_kernels.limits import unusable
+from camshaft_kernels.offers import OFFERS, Offer
+from camshaft_kernels.sizes import UPDATES, device_of
+from camshaft_kernels.table import Row, Table
+
+DEFAULT_DTYPES = ("bf16", "fp32")
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the command with the words behind ``camshaft bench kernels``.
+
+    Raises:
+        MachineError: there is no such device, or the table cannot be written.
+    """
+    options = _parser().parse_args(list(words))
+    device = _device(options.device)
+    path = Path(options.output) if options.output else table.place(device_of(device))
+    made = measure(device, tuple(options.dtype or DEFAULT_DTYPES), frozenset(options.op or ()), options.seconds)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made.dumps(), encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"{path} cannot be written: {error.strerror}") from error
+    say(f"{len(made.rows)} rows in {path}; plugins.kernels takes them where it says auto")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="camshaft bench kernels",
+        description="Time every implementation of each operation, forward and backward, on this machine. Let nothing "
+        "else run beside it.",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), action="append", help="default: bf16 and fp32")
+    parser.add_argument("--op", choices=tuple(OFFERS), metavar="OP", action="append", help="default: all")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each provider and row (0.5)")
+    parser.add_argument("--output", help="file of the table; default: the user's cache folder")
+    return parser
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("torch sees no GPU here; `camshaft doctor` shows why")
+    return torch.device(name)
+
+
+def measure(device: torch.device, dtypes: tuple[str, ...], ops: frozenset[str], seconds: float) -> Table:
+    """Time every case in which there is a choice, and say each row."""
+    rows = []
+    for case in cases(device, dtypes, ops):
+        present = [offer for offer in OFFERS[case.op].values() if _present(offer, case, device)]
+        if len(present) < 2 or (case.op in UPDATES and case.dtype != "fp32"):
+            continue  # nothing to choose; and updates are of fp32 masters
+        times = {offer.provider: _time(offer, case, device, seconds) for offer in present}
+        found = {name: ms for name, ms in times.items() if ms is not None}
+        if len(found) > 1:
+            rows.append(Row(case.op, case.dtype, case.size, case.shape, found))
+            shown = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(found.items(), key=lambda pair: pair[1]))
+            say(f"{case.op} {case.dtype} {case.shape}: {shown}")
+    return Table(device_of(device), machine(device), tuple(rows))
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Names and versions that times depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {each: inventory.version(each) or "" for each in ("torch", "triton", "liger-kernel", "flash-attn")}
+    return {
+        "name": name,
+        "threads": str(torch.get_num_threads()),
+        "cuda": torch.version.cuda or "",
+        **{each: version for each, version in versions.items() if version},
+    }
+
+
+def _present(offer: Offer, case: Case, device: torch.device) -> bool:
+    if offer.provider == "triton" and device.type == "cpu":
+        return False  # its interpreter is for tests
+    return unusable(offer, device, case.dtype, HEAD) is None
+
+
+def _time(offer: Offer, case: Case, device: torch.device, seconds: float) -> float | None:
+    """Milliseconds; None, and a line that says why, where it fails here."""
+    try:
+        return timed(case.make(offer.entries()), device, seconds)
+    except Exception as error:
+        if is_out_of_memory(error) and device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(f"{case.op} {case.dtype} {case.shape}: {offer.provider} failed: {str(error).partition(chr(10))[0]}")
+        return None
+
+
+def timed(call: Call, device: torch.device, seconds: float, least: int = 5) -> float:
+    """Median of single runs in milliseconds, after two that are not counted, for about ``seconds``."""
+    found: list[float] = []
+    for _ in range(2):
+        _once(call, device)
+    end = time.perf_counter() + seconds
+    while len(found) < least or time.perf_counter() < end:
+        found.append(_once(call, device))
+    return statistics.median(found)
+
+
+def _once(call: Call, device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize(device)
+    return float(first.elapsed_time(last))
