@@ -41,15 +41,16 @@ def exchanges(operation: Operation) -> bool:
 
 
 @lru_cache(maxsize=4096)
+def writes(operation: Operation) -> bool:
+    """Whether memory of an argument may be written."""
+    return bool(operation._schema.is_mutable) or exchanges(operation)
+
+
+@lru_cache(maxsize=4096)
 def makes(operation: Operation) -> bool:
     """Whether its results are new memory that it alone writes."""
     name = name_of(operation)
-    return not (
-        shares(operation)
-        or exchanges(operation)
-        or operation._schema.is_mutable
-        or any(fnmatchcase(name, pattern) for pattern in FACTORIES)
-    )
+    return not (shares(operation) or writes(operation) or any(fnmatchcase(name, pattern) for pattern in FACTORIES))
 
 
 def draws(operation: Operation, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:

@@ -178,7 +178,7 @@ def _costs_of(call: Seen) -> list[Cost]:
     found = []
     for place, each in enumerate(first.done):
         times = [each.seconds(), *(other.seconds() for other in again[place : place + 1])]
-        found.append(Cost(each.bytes, min(times) if each.saved < first.saved else 0.0))
+        found.append(Cost(each.bytes, 0.0 if each.spoiled or each.saved >= first.saved else min(times)))
     return found
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from camshaft_recompute.kinds import Operation, draws, makes, name_of
-from camshaft_recompute.trees import storage_bytes, tensors
+from camshaft_recompute.kinds import Operation, draws, makes, name_of, writes
+from camshaft_recompute.trees import address, storage_bytes, tensors
 
 Clock = Callable[[], Callable[[], float]]
 """Starts to measure; what it returns ends that, and tells seconds once the device is through."""
@@ -28,6 +29,8 @@ class Done:
     saved: int
     """Tensors that autograd had saved when it was done."""
     seconds: Callable[[], float]
+    spoiled: bool = False
+    """Somebody wrote into the result, or a collective may have: it cannot be kept."""
 
 
 @dataclass(slots=True)
@@ -42,11 +45,6 @@ class Sight:
     saved: int = 0
     """Tensors that autograd saved in all."""
 
-    @property
-    def needed(self) -> list[Done]:
-        """Operations that a second run comes to: it ends with the last tensor that is saved."""
-        return [each for each in self.done if each.saved < self.saved]
-
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Changes nothing. ``saved`` tells how many tensors autograd has saved so far."""
@@ -55,6 +53,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._saved, self._sight = saved, sight
         self._clock: Clock = _host if device.type != "cuda" else _events
+        self._makers: dict[int, Done] = {}
+        """Address to who made what is there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,13 +63,23 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seconds, sight = stop(), self._sight
         flops = _flops(func, args, kwargs, result)
         sight.flops += flops
-        if makes(func):
+        if writes(func):
+            self._spoil(tensors([args, kwargs]))
+        elif makes(func):
             sight.calls += 1
             if not draws(func, args, kwargs):
-                size = sum(storage_bytes(tensors(result)).values())
-                sight.done.append(Done(name_of(func), size, flops, self._saved(), _known(seconds)))
+                memory = storage_bytes(tensors(result))
+                done = Done(name_of(func), sum(memory.values()), flops, self._saved(), _known(seconds))
+                sight.done.append(done)
+                self._makers |= dict.fromkeys(memory, done)
         sight.saved = self._saved()
         return result
+
+    def _spoil(self, written: Iterable[Tensor]) -> None:
+        for each in written:
+            maker = self._makers.get(address(each))
+            if maker is not None:
+                maker.spoiled = True
 
 
 def _known(seconds: float | Callable[[], float]) -> Callable[[], float]:

@@ -22,7 +22,7 @@ MODEL = {
 ADAMW = {"adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
 FULL, SELECTIVE = {"mode": "full"}, {"mode": "selective"}
 OFFLOAD = {"mode": "offload", "offload_from_kib": 0.0}
-BUDGET = {"budget_bytes": 40_000}
+BUDGET = {"budget_bytes": 200_000}
 MODES = {
     "full": FULL,
     "selective": SELECTIVE,
