@@ -35,8 +35,7 @@ class Blocks:
         self._modules = [model.get_submodule(name) for name in self.names]
         if options.backend == "inductor" and options.cache_dir is not None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", options.cache_dir)
-        # Tracing looks whether inputs have a gradient, also at those that cannot have one.
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch")
+        _quieten()
         self._before = [vars(module).get("forward") for module in self._modules]
         self._inside = {name: _marks(module) for name, module in zip(self.names, self._modules, strict=True)}
         for module in self._modules:
@@ -88,6 +87,14 @@ class Blocks:
             return (compiled if self._running else inner)(*arguments, **keywords)
 
         return forward
+
+
+def _quieten() -> None:
+    """Torch warns of what its own tracing does: it looks for gradients of inputs that cannot have one, and makes
+    instances of autograd functions. Nobody can change anything there.
+    """
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch")
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning, "torch")
 
 
 def arguments(options: Options) -> dict[str, Any]:

@@ -42,8 +42,6 @@ def records_of(path, rank=0):
 
 def recipe(make_recipe, ranks=1, compiled=None, *, plugins=None, compute="fp64", model=None, **sections):
     """A recipe of four windows, the last one short; ``compiled``: the plugin's options, None: uncompiled."""
-    folder = make_recipe.__self__ if hasattr(make_recipe, "__self__") else None
-    assert folder is None
     data = ranks // max(1, sections.get("parallel", {}).get("tensor_parallel", 1))
     data //= sections.get("parallel", {}).get("pipeline_parallel", 1)
     given = {
