@@ -31,6 +31,7 @@ from camshaft.host import Host, distribution, installed
 from camshaft.mesh import Mesh
 from camshaft.meter import Meter
 from camshaft.recipe import check
+from camshaft.recipe.checks import AUTO
 from camshaft.state import Component, State, World
 from camshaft.step import Stepper
 
@@ -103,6 +104,9 @@ def session(
     checked = check(resolved, environment.world_size, device=device.type)
     if checked.problems:
         raise RecipeError(checked.problems)
+    if resolved.recipe.batch.micro_batch_size == AUTO:
+        fix = "give a number; `camshaft train` finds one where it starts the ranks itself"
+        raise RecipeError(resolved.problem("batch.micro_batch_size", "auto was not resolved before the run", fix))
     connect(environment, device.type, resolved.recipe.launch.group_timeout_s)
     trainer: Trainer | None = None
     status = "failed"

@@ -123,6 +123,7 @@ AREAS = {
         1250,
     ),
     "operations": (("ops.py",), 250),
+    "finder": (("finder.py", "trial.py", "halving.py"), 350),
     "proofs": (("verify/", "contracts.py"), 1500),
     "profiling": (("profiling/", "datasheet.py"), 1800),
     "core": ("", 2250),

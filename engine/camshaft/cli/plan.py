@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from camshaft.cli import ranks
+from camshaft.cli import finding, ranks
 from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, columns, say
 from camshaft.errors import RecipeError
 from camshaft.hookspecs import BuildHooks
@@ -43,10 +43,11 @@ def plan(
     resolved = load(recipe, overrides or (), world_size=world_size)
     if world_size is None and resolved.recipe.launch.processes != "auto":
         world_size = resolved.recipe.launch.processes
-    checked = check(resolved, world_size or smallest_world(resolved.recipe), device="any")
-    checked.require()
+    world_size = world_size or smallest_world(resolved.recipe)
+    resolved, chosen = finding.chosen(resolved, world_size)
+    checked = check(resolved, world_size, device="any").require()
     host = Host.of(resolved.recipe.plugins)
-    shown = show(resolved, checked, host, rank)
+    shown = chosen + show(resolved, checked, host, rank)
     say(shown)
     say(f"plan digest  {hashlib.sha256(shown.encode()).hexdigest()[:16]}")
 

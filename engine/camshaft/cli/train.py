@@ -55,6 +55,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: Fr
 
     Exit status: 0; 2 recipe; 3 machine; 4 out of memory; 5 non-finite loss; 130 stopped after a checkpoint.
     """
+    from camshaft.cli import finding
     from camshaft.cli.launch.rank import supervised
 
     environment = read_environment(os.environ)
@@ -64,6 +65,8 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: Fr
         processes, device = local_processes(resolved)
         check(resolved, processes, device=device).require()
         prepare_data(resolved)
+        if finding.asked(resolved):
+            resolved, changes = finding.settle(resolved, changes, processes, device, partial(take, fresh=fresh))
         if processes > 1:
             front(resolved, changes, processes, device, partial(take, fresh=fresh))
             return
@@ -193,7 +196,10 @@ def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) ->
     environment = station.environment
     resolved = load(recipe, changes, world_size=environment.world_size)
     check(resolved, environment.world_size, device="any").require()
+    from camshaft.cli import finding
     from camshaft.distributed import connect, pick_device, set_threads
+
+    finding.refuse(resolved, environment.world_size)
 
     launch = resolved.recipe.launch
     set_threads(environment, launch.threads_per_rank)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from camshaft import finder
 from camshaft.cli.console import warn
 from camshaft.cli.launch import changes, heartbeat
 from camshaft.cli.streams import announce
 from camshaft.errors import MachineError
 from camshaft.processes import alive, myself
+from camshaft.recipe.checks import AUTO
 from camshaft.rundir import Choice, RunDirectory, choose, digest, utc_now
 
 if TYPE_CHECKING:
@@ -51,6 +54,12 @@ def begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: st
     """
     from camshaft.verify import certificate
 
+    values = resolved.values()
+    found = finder.read(directory.path)
+    if found is not None and found.micro_batch_size == values["batch"]["micro_batch_size"]:
+        values["batch"]["micro_batch_size"] = AUTO  # as its user wrote it: the same command finds this run again
+        how = (found.micro_batch_size, f"found for {AUTO} in {len(found.trials)} trial(s)")
+        resolved = replace(resolved, derived={**resolved.derived, "batch.micro_batch_size": how})
     for change in changes.since_the_start(directory.path / "resolved.yaml", resolved):
         announce(change)
     directory.keep("recipe.yaml", resolved.path.read_text(encoding="utf-8"))
@@ -67,7 +76,7 @@ def begin(directory: RunDirectory, resolved: Resolved, world_size: int, line: st
         world_size=world_size,
         command=line,
         certificate=certificate.lookup(resolved),
-        digest=digest(resolved.values()),
+        digest=digest(values),
     )
 
 

@@ -1,0 +1,136 @@
+"""``camshaft train`` with a micro batch of auto, as a user runs it: trials in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+PLUGIN = """
+import torch
+
+import camshaft
+
+
+class Plugin(camshaft.Plugin):
+    class Options(camshaft.Options):
+        rows: int
+        rank: int
+
+    @camshaft.hookimpl
+    def plan(self):
+        return camshaft.Plan()
+
+    @camshaft.hookimpl
+    def pre_forward(self, state, batch):
+        if state.world.rank == self.options.rank and batch.tokens.shape[0] > self.options.rows:
+            raise torch.OutOfMemoryError(f"tried to allocate {batch.tokens.shape[0]} rows")
+"""
+
+MODEL = {
+    "vocab_size": 258,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Writes a recipe over a plugin that has no room for more than some rows on one rank, and runs commands on it."""
+    site = tmp_path / "site"
+    (site / "narrow-1.0.dist-info").mkdir(parents=True)
+    (site / "narrow-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: narrow\nVersion: 1.0\n")
+    (site / "narrow-1.0.dist-info" / "entry_points.txt").write_text("[camshaft.plugins]\nnarrow = narrow:Plugin\n")
+    (site / "narrow.py").write_text(PLUGIN)
+    lines = [json.dumps({"text": f"document {number}: " + "lorem ipsum " * (number % 7 + 1)}) for number in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+
+    def run(processes, rows, *overrides, **launch):
+        tree = {
+            "schema_version": 1,
+            "name": "auto",
+            "model": MODEL,
+            "tokenizer": {"type": "byte"},
+            "data": {"train": {"files": ["text.jsonl"]}, "validation_fraction": 0, "sequence_length": 16},
+            "batch": {"micro_batch_size": "auto", "global_batch_size": 4 * processes},
+            "training": {"max_steps": 2, "log_every": 1},
+            "launch": {
+                "launcher": "torchrun",
+                "processes": processes,
+                "device": "cpu",
+                "threads_per_rank": 1,
+                **launch,
+            },
+            "run": {"dir": "run"},
+            "plugins": {
+                **({"ddp": {}} if processes > 1 else {}),
+                "narrow": {"rows": rows, "rank": processes - 1},
+                "adamw": {"lr": 1e-3},
+                "checkpoint": {"every_steps": 2},
+                "jsonl": {},
+            },
+        }
+        tree["data"]["cache_dir"] = "cache"
+        (tmp_path / "auto.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        done = subprocess.run(
+            [sys.executable, "-m", "camshaft", "train", "auto.yaml", *overrides],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done, tmp_path / "run"
+
+    return run
+
+
+def found_in(folder):
+    return json.loads((folder / "micro_batch.json").read_text())
+
+
+def steps_in(folder):
+    return [json.loads(line)["progress/global_step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_one_of_two_ranks_has_no_room_for_does_not_fit_and_a_resumed_run_keeps_the_choice(start):
+    done, folder = start(2, 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = found_in(folder)
+    assert [(each["micro_batch_size"], each["fits"]) for each in found["trials"]] == [(4, False), (2, True)]
+    assert "4 rows" in found["trials"][0]["why"] and found["trials"][1]["peak_bytes"] > 1 << 20
+    assert (found["micro_batch_size"], found["planned"]) == (2, 4)
+    resolved = (folder / "resolved.yaml").read_text()
+    assert yaml.safe_load(resolved)["batch"] == {
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "gradient_accumulation_steps": None,
+        "on_out_of_memory": "stop",
+    }
+    assert "found for auto in 2 trial(s)" in resolved and steps_in(folder) == [1, 2]
+    assert not list((folder / "trials").rglob("metrics.jsonl")) and not list((folder / "trials").rglob("step_*"))
+
+    again, _ = start(2, 1, "training.max_steps=3", "plugins.narrow.rows=2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "trying" not in again.stdout and "micro batch  2, found for auto" in again.stdout
+    assert found_in(folder) == found and steps_in(folder) == [1, 2, 3]
+
+
+def test_one_process_tries_in_processes_of_their_own_and_fails_clearly_where_nothing_fits(start):
+    done, folder = start(1, 1, "launch.memory_gib=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [each["micro_batch_size"] for each in found_in(folder)["trials"]] == [4, 2, 1]
+    assert found_in(folder)["memory_bytes"] == 2 << 30 and steps_in(folder) == [1, 2]
+
+
+def test_memory_that_is_stated_counts_for_what_the_whole_process_holds(start):
+    done, folder = start(1, 99, "launch.memory_gib=0.05", "batch.global_batch_size=1")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "no micro batch fits into 0.05 GiB" in done.stderr and "launch.memory_gib is 0.05" in done.stderr
+    assert not (folder / "micro_batch.json").exists()
