@@ -29,8 +29,9 @@ class Split(camshaft.Options):
 class Options(camshaft.Options):
     """How the model is cut, and in which order its stages work."""
 
-    schedule: Name = "1f1b"
-    """Order of forwards and backwards: `gpipe`, `1f1b`, `interleaved_1f1b`, `zb_h1`, `zbv` or `dualpipe_v`."""
+    schedule: Name | str = "1f1b"
+    """Order of forwards and backwards: `gpipe`, `1f1b`, `interleaved_1f1b`, `zb_h1`, `zbv` or `dualpipe_v`, or one that
+    another package offers (`camshaft.schedules`)."""
     virtual_stages: Annotated[int, Field(ge=1)] | None = None
     """Stages of each rank; the fewest that the schedule can have when absent."""
     table: str | None = None

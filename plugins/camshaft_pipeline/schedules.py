@@ -1,19 +1,23 @@
-"""The schedules that are shipped, by name: pure functions of (ranks, microbatches, virtual stages)."""
+"""Schedules by name, those that are shipped and those that other packages offer: pure functions of (ranks,
+microbatches, virtual stages).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from camshaft.errors import CamshaftError
 from camshaft.program import Action
+from camshaft.schedules import load, offered
 from camshaft_pipeline import orders, orders_v
 from camshaft_pipeline.errors import ScheduleError
 from camshaft_pipeline.schedule import Schedule, loop_placement, v_placement
 from camshaft_pipeline.transfers import complete
 
-Order = Callable[[int, int, int, int], list[Action]]
+Order = Callable[[int, int, int, int], Sequence[Action]]
 Peak = Callable[[int, int, int, int], int]
 
 
@@ -25,7 +29,7 @@ class Family:
     """
 
     order: Order
-    peak: Peak
+    peak: Peak | None
     least: int = 1
     most: int | None = 1
     v_shaped: bool = False
@@ -74,20 +78,30 @@ def make(name: str, ranks: int, microbatches: int, virtual_stages: int | None = 
     Raises:
         ScheduleError: there is none of that name, or none for these numbers.
     """
-    family = FAMILIES.get(name)
-    if family is None:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(FAMILIES)}"
-        raise ScheduleError(f"there is no schedule '{name}'", fix=fix)
+    family = FAMILIES.get(name) or _offered(name)
     v = family.least if virtual_stages is None else virtual_stages
     _check_numbers(name, family, ranks, microbatches, v)
     placement = v_placement(ranks) if family.v_shaped else loop_placement(ranks, v)
-    return complete(
-        name,
-        placement,
-        [family.order(rank, ranks, microbatches, v) for rank in range(ranks)],
-        tuple(family.peak(rank, ranks, microbatches, v) for rank in range(ranks)),
-    )
+    peak = family.peak
+    try:
+        orders = [list(family.order(rank, ranks, microbatches, v)) for rank in range(ranks)]
+        peaks = None if peak is None else tuple(peak(rank, ranks, microbatches, v) for rank in range(ranks))
+    except CamshaftError:
+        raise
+    except Exception as error:
+        raise ScheduleError(f"{name} failed for {ranks} ranks and {microbatches} microbatches: {error!r}") from error
+    return complete(name, placement, orders, peaks)
+
+
+def _offered(name: str) -> Family:
+    """The schedule of another package."""
+    if name not in offered():
+        known = [*FAMILIES, *offered()]
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        raise ScheduleError(f"there is no schedule '{name}'", fix=fix)
+    offer = load(name)
+    return Family(offer.order, offer.peak, offer.least, offer.most, offer.v_shaped)
 
 
 def _check_numbers(name: str, family: Family, ranks: int, microbatches: int, v: int) -> None:
