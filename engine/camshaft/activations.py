@@ -34,6 +34,8 @@ class Kept:
     """Of how many microbatches it is held at the fullest moment."""
     stage: int = 0
     """Pipeline stage of the module."""
+    again: int = 0
+    """Bytes that are there only while the backward of its layer runs: made again, or fetched."""
 
     @property
     def held(self) -> int:

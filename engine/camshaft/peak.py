@@ -11,7 +11,7 @@ workspaces of libraries, fragments of allocators, and what an optimizer that is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,12 +85,16 @@ class _Backward:
             here, new = places.get(place, []), self._added[place]
             working = self._working(place, here)
             pending = tied if place < (self._last, 1) else 0
-            early = self._before + above + pending + working + below
+            early = self._before + above + pending + working + below + self._again(places, place)
             once = sum(each.bytes for each in here)
-            late = early - working - once + new + self._hidden(3)
+            late = early - working - once - sum(each.again for each in here) + new + self._hidden(3)
             yield self._word(place), round(max(early, late)), round(working)
             below -= once  # of other microbatches it stays
             above += 0 if self._before else new * self._share
+
+    def _again(self, places: Mapping[Place, list[Kept]], now: Place) -> int:
+        """What came back for the backward of a layer and has not been used yet."""
+        return sum(each.again for place in places if place[0] == now[0] and place <= now for each in places[place])
 
     def _tied(self) -> int:
         """A tied table's gradient of the projection waits for that of the embedding."""
@@ -111,7 +115,7 @@ class _Backward:
         layer, half = place
         made = Counter[str]()
         for each in here:
-            made[each.name] += each.bytes
+            made[each.name] += each.bytes + each.again
         if (layer, half) == (self._last, 1):
             return 2 * (made["log_softmax"] or made["softmax"])
         if layer == self._last:

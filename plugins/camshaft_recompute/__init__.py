@@ -51,11 +51,15 @@ class Plugin(camshaft.Plugin):
         )
 
     @camshaft.hookimpl
-    def activations(self, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+    def activations(
+        self, context: camshaft.PlanContext, sizes: Sizes, kept: tuple[Kept, ...]
+    ) -> tuple[Kept, ...] | None:
         """Without what is made again, and with what is kept for that."""
+        if self.options.mode == "none":
+            return None
         from camshaft_recompute.table import changed
 
-        return changed(self.options, sizes, kept)
+        return changed(self.options, context, sizes, kept)
 
     @camshaft.hookimpl
     def recompute(self, world: World, model: Module) -> None:

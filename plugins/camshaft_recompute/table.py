@@ -1,14 +1,132 @@
-"""What a forward keeps under recomputation, by the table that ``camshaft plan`` has without it. No torch."""
+"""What a forward keeps under recomputation, from the table that ``camshaft plan`` has without it. No torch.
+
+What a module would keep is made again, but for results of products in mode `selective`; its inputs stay. The table is
+that of the built-in decoder, so regions are its layers, or attention and MLP in them. A result of a product that a
+collective takes (rows divided over ranks) cannot be kept; what a budget will choose is not known, and nothing of it is
+counted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from camshaft.activations import Kept
+from camshaft.models.stages import LLAMA
+from camshaft_recompute.patterns import chosen, inside
+
 if TYPE_CHECKING:
-    from camshaft.activations import Kept
+    from camshaft.claims import PlanContext
     from camshaft.estimate import Sizes
     from camshaft_recompute.options import Options
 
+USERS = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+"""Whose casts of a norm's result stand under the norm."""
+SAVED = {"attention": ("attention",), "activations": ("activation",), "norms": ("norm",)}
+"""Kinds of `save`, beside products, to what the table calls them."""
 
-def changed(options: Options, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
-    return kept
+
+def changed(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Kept, ...]) -> tuple[Kept, ...]:
+    """``kept`` as the modules of ``options`` leave it: bytes that are gone, and those that come back in ``again``."""
+    names = dict.fromkeys(".".join(parts[:end]) for parts in _parts(kept) for end in range(1, len(parts) + 1))
+    regions = chosen(names, options.modules or [f"{LLAMA.layers}.*"], options.every, options.layers)
+    table = _Table(options, context, sizes)
+    found: list[Kept] = []
+    pending: dict[str, list[Kept]] = {region: [] for region in regions}
+    for each in kept:
+        region = next((region for region in regions if inside(_user(each), region)), None)
+        if region is None:
+            found.append(each)
+            continue
+        if not pending[region]:
+            found += table.inputs(region, each)
+        pending[region].append(each)
+        found += table.left(region, each)
+    masks = {each.stage: each for several in pending.values() for each in several if each.name == "mask"}
+    if options.mode in ("full", "selective"):
+        found += [table.mask(each) for each in masks.values()]
+    return tuple(found)
+
+
+def _parts(kept: Sequence[Kept]) -> Iterator[list[str]]:
+    for each in kept:
+        yield _user(each).split(".")
+
+
+def _user(each: Kept) -> str:
+    """The module in whose forward autograd keeps it: casts of a norm's result are their users'."""
+    parent, _, leaf = each.module.rpartition(".")
+    if leaf in USERS and each.name.startswith("output for"):
+        return f"{parent}.{USERS[leaf]}"
+    return each.module
+
+
+class _Table:
+    def __init__(self, options: Options, context: PlanContext, sizes: Sizes) -> None:
+        self._mode, self._kinds = options.mode, options.kinds if options.budget is None else ()
+        assert sizes.config is not None
+        self._config, self._sizes = sizes.config, sizes
+        self._param = sizes.widths.param
+        self._compute = min(sizes.widths.compute, sizes.widths.param)
+        self._length = context.recipe.data.sequence_length
+        self._divided = {
+            each.name.rpartition(".")[0] for each in sizes.parameters or () if each.shape != each.whole_shape
+        }
+
+    def inputs(self, region: str, first: Kept) -> Iterator[Kept]:
+        """What is held of a region's inputs and stands in no other row; ``first``: its first row."""
+        if self._mode == "offload":
+            return
+        leaf = region.rpartition(".")[2]
+        size = self._sizes.hidden * self._param
+        if leaf in ("self_attn", "mlp"):
+            if self._compute < self._param:  # the norm's result, of which only casts were kept
+                yield replace(first, name="input", made="norm", bytes=size, flops=0.0)
+        elif leaf.isdecimal():
+            yield replace(first, name="input", made="input", bytes=size, flops=0.0)
+
+    def left(self, region: str, each: Kept) -> Iterator[Kept]:
+        """What stays of row ``each``: nothing but what is needed again, or results that are kept."""
+        if self._mode == "selective":
+            yield from self._results(each)
+            if self._stays(each):
+                yield each
+                return
+        if each.made == "input" and region.rpartition(".")[2].isdecimal() and self._mode != "offload":
+            return  # the region's own input, which has its row
+        yield replace(each, bytes=0, again=each.bytes)
+
+    def _stays(self, each: Kept) -> bool:
+        residual = each.name == "hidden"  # of a norm: the sum of a product and what goes past it
+        if each.made == "product" and not residual:
+            return "products" in self._kinds and each.name in ("gate", "up", "v")
+        return any(each.made in SAVED.get(kind, ()) for kind in self._kinds) and each.name != "mask"
+
+    def _results(self, each: Kept) -> Iterator[Kept]:
+        """Results of products that autograd does not keep as they are: of q and k before they are turned, and of the
+        projection behind attention.
+        """
+        leaf = each.module.rpartition(".")[2]
+        if "products" not in self._kinds or leaf != "self_attn":
+            return
+        hidden = self._config.hidden_size
+        if each.name in ("q", "k"):  # 6 operations an element turn it
+            elements = each.flops / 6
+            name = f"{each.name} before rotation"
+            size = int(elements * self._compute)
+            yield replace(each, name=name, made="product", bytes=size, flops=2 * hidden * elements)
+        elif each.name == "out" and f"{each.module}.o_proj" not in self._divided:
+            tokens = self._sizes.hidden // hidden
+            width = each.bytes // (tokens * self._compute)
+            yield replace(
+                each,
+                name="o",
+                made="product",
+                bytes=self._sizes.hidden * self._compute,
+                flops=2.0 * tokens * hidden * width,
+            )
+
+    def mask(self, each: Kept) -> Kept:
+        """Of documents, one byte an element, which all layers of a stage share."""
+        return replace(each, name="document mask", bytes=each.bytes // self._compute, flops=0.0)

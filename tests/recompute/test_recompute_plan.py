@@ -1,0 +1,69 @@
+"""The plan's table under recomputation is what a rank holds, to the byte; what means nothing together is refused."""
+
+import pytest
+import torch
+from recompute_cases import FULL, MODEL, SELECTIVE, Builds, recipe
+from test_recompute_bytes import GIB, measured
+
+from camshaft.cli.ranks import Ranks
+from camshaft.host import Host
+from camshaft.models.llama import Llama
+from camshaft.recipe import check
+from camshaft.testing.ranks import run_ranks
+
+ATTENTION = {"mode": "selective", "save": ["products", "attention"]}
+HALVES = {"mode": "full", "modules": ["model.layers.*.self_attn", "model.layers.*.mlp"]}
+CASES = {"full": FULL, "selective": SELECTIVE, "attention": ATTENTION, "halves": HALVES,
+         "every third": {"mode": "full", "every": 3}}  # fmt: skip
+DEEP = {"num_hidden_layers": 5, "num_key_value_heads": 1}
+
+
+def table(resolved, ranks, rank):
+    checked = check(resolved, ranks, device="cpu").require()
+    return Ranks(checked, Host.of(resolved.recipe.plugins)).holding(rank).kept
+
+
+def saved(make_recipe, ranks, options, **settings):
+    """Bytes less of a microbatch on each rank, by the plan."""
+    with_and_without = [recipe(make_recipe, ranks, each, **settings) for each in (None, options)]
+    return [
+        sum(each.bytes for each in table(with_and_without[0], ranks, rank))
+        - sum(each.bytes for each in table(with_and_without[1], ranks, rank))
+        for rank in range(ranks)
+    ]
+
+
+def run(make_recipe, ranks, options, **settings):
+    resolved = recipe(make_recipe, ranks, options, **settings)
+    found = run_ranks(ranks, measured, resolved, {}, timeout_s=100)
+    return [extras["plugin/recompute/saved_gib"] * GIB for _, extras, _ in found]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_what_the_plan_says_is_saved(make_recipe, case, compute, packed):
+    settings = {"compute": compute, "model": DEEP}
+    if packed:
+        resolved = make_recipe({})
+        settings["data"] = resolved.tree["data"] | {"pack": True, "document_mask": True}
+    planned = saved(make_recipe, 1, CASES[case], **settings)
+    assert planned == run(make_recipe, 1, CASES[case], **settings)
+
+
+PARALLEL = {
+    "tp": {"plugins": {"ddp": None, "tensor_parallel": {}}, "parallel": {"tensor_parallel": 2}},
+    "sp": {
+        "plugins": {"ddp": None, "tensor_parallel": {"sequence_parallel": True}},
+        "parallel": {"tensor_parallel": 2},
+    },
+    "pp": {"plugins": {"ddp": None, "pipeline": {"schedule": "1f1b"}}, "parallel": {"pipeline_parallel": 2}},
+}
+
+
+@pytest.mark.parametrize("case", ["full", "selective"])
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_what_the_plan_says_is_saved_on_each_rank(make_recipe, case, parallel):
+    settings = {"model": DEEP, **PARALLEL[parallel]}
+    planned = saved(make_recipe, 2, CASES[case], **settings)
+    assert planned == run(make_recipe, 2, CASES[case], **settings) and min(planned) > 0
