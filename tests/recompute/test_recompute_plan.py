@@ -1,13 +1,11 @@
 """The plan's table under recomputation is what a rank holds, to the byte; what means nothing together is refused."""
 
 import pytest
-import torch
-from recompute_cases import FULL, MODEL, SELECTIVE, Builds, recipe
+from recompute_cases import FULL, SELECTIVE, recipe
 from test_recompute_bytes import GIB, measured
 
 from camshaft.cli.ranks import Ranks
 from camshaft.host import Host
-from camshaft.models.llama import Llama
 from camshaft.recipe import check
 from camshaft.testing.ranks import run_ranks
 
