@@ -5,9 +5,9 @@ gradient in place (``loss.loss_kernel``); two products add what they give to the
 the weight. So the gradients of a loss of 1 exist after the forward, and the backward multiplies them by what comes to
 the loss. After Wijmans et al. 2024 (Cut Your Losses) and Hsu et al. 2024 (Liger), who take the same way.
 
-Kept: h elements a token, and vocabulary * h of the weight's gradient, in fp32 where chunks are added up in it.
-Besides, while it runs: one chunk's logits, at most ``CHUNK_BYTES``, where the plain form keeps tokens * vocabulary of
-them in two or three dtypes.
+Kept: 4 * h bytes a token, and 4 * vocabulary * h of the weight's gradient: in fp32, because chunks are added up in it
+and because the multiplication would round a second time. Besides, while it runs: one chunk's logits, at most
+``CHUNK_BYTES``, where the plain form keeps tokens * vocabulary of them in two or three dtypes.
 """
 
 from __future__ import annotations
@@ -65,41 +65,43 @@ def adds_wide(like: Tensor) -> bool:
 _ADDS_WIDE: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; with fp32 ``total`` no partial sum is rounded to the factors' dtype."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
+def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+    """``out`` (plus, with ``add``) ``left @ right``, whose sums are not rounded to the factors' dtype on the way."""
+    if left.device.type != "cuda" or out.dtype == left.dtype:
+        left, right = left.to(out.dtype), right.to(out.dtype)
+        torch.addmm(out, left, right, beta=int(add), out=out)
+    elif not add:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
     elif adds_wide(left):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    elif left.device.type == "cuda":
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        out.add_(torch.mm(left, right, out_dtype=out.dtype))
 
 
 def losses_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool], total: torch.dtype, chunk: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool], chunk: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(Loss, the hidden states' gradient, the weight's in ``total``), gradients times ``gain_of(hidden.dtype)``.
+    """(Loss, the hidden states' gradient, the weight's), gradients in fp32 or wider and times ``gain_of``.
 
     ``hidden`` [n, h] and ``weight`` [vocabulary, h] of one dtype; ``wanted``: which of the gradients.
     """
-    into_hidden = torch.empty_like(hidden) if wanted[0] else None
-    into_weight = torch.zeros(weight.shape, dtype=total, device=weight.device) if wanted[1] else None
+    wide = computed(hidden.dtype)
+    into_hidden = torch.empty_like(hidden, dtype=wide) if wanted[0] else None
+    into_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
     logits = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-    losses = []
+    losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
-        part = hidden[start : start + chunk]
+        part, span = hidden[start : start + chunk], slice(start, start + chunk)
         made = logits[: part.shape[0]]
         torch.mm(part, weight.t(), out=made)
-        answers = labels[start : start + chunk]
-        losses.append(losses_of(made, answers, in_place=any(wanted), gain=gain_of(hidden.dtype))[0])
+        losses[span] = losses_of(made, labels[span], in_place=any(wanted), gain=gain_of(hidden.dtype))[0]
         if into_hidden is not None:
-            torch.mm(made, weight, out=into_hidden[start : start + chunk])
+            product(made, weight, into_hidden[span], add=False)
         if into_weight is not None:
-            add_product(into_weight, made.t(), part)
-    loss = torch.cat(losses).sum() if losses else hidden.new_zeros((), dtype=computed(hidden.dtype))
-    return loss, into_hidden, into_weight
+            product(made.t(), part, into_weight, add=start > 0)
+    if into_weight is not None and not hidden.shape[0]:
+        into_weight.zero_()
+    return losses.sum(), into_hidden, into_weight
 
 
 def gain_of(dtype: torch.dtype) -> float:
@@ -124,12 +126,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix, table = rows(hidden).to(dtype), weight.to(dtype)
         tokens = matrix.shape[0]
         chunk = chunk_tokens(tokens, weight.shape[0], dtype.itemsize, chunk_bytes) if tokens else 1
-        once = tokens <= chunk and dtype != torch.float16  # fp16 sums times ``HALF_GAIN`` could overflow
-        total = torch.promote_types(dtype, weight.dtype) if once else computed(dtype)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         with torch.autocast(hidden.device.type, enabled=False):
             flat = labels.reshape(-1).contiguous()
-            loss, *made = losses_and_gradients(matrix, table, flat, wanted, total, max(chunk, 1))
+            loss, *made = losses_and_gradients(matrix, table, flat, wanted, max(chunk, 1))
         ctx.save_for_backward(*made)
         ctx.gain = gain_of(dtype)
         ctx.likes = [(tensor.dtype, tensor.shape) for tensor in (hidden, weight)]
