@@ -7,7 +7,7 @@ shard_compute -> recompute -> compile_model -> shard_storage -> materialize -> o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +74,20 @@ def build(
 
 def _kernels(host: Host, world: World) -> list[Kernel]:
     return [
-        _expect(name, "kernels", kernel, Kernel)
+        _noted(world, name, _expect(name, "kernels", kernel, Kernel))
         for name, function in host.implementations("kernels")
         for kernel in function(world)
     ]
+
+
+def _noted(world: World, name: str, kernel: Kernel) -> Kernel:
+    """``kernel``, whose plugin is known to have an effect as soon as somebody takes it."""
+
+    def entries() -> dict[str, Any]:
+        world.givers.add(name)
+        return kernel.entries()
+
+    return replace(kernel, entries=entries)
 
 
 def _rewrite(host: Host, world: World, config: ModelConfig) -> ModelConfig:

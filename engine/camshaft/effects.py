@@ -47,7 +47,8 @@ def reasons(host: Host, state: State, actors: Collection[str]) -> dict[str, str]
     """Plugins that did nothing on this rank, in recipe order, each with its reason."""
     answers = host.call("inert", state)
     told = {name: _expect(name, answer) for name, answer in answers}
-    silent = {name: None if name in actors else _without_effect(host, name) for name in host.plugins}
+    active = {*actors, *state.world.givers}
+    silent = {name: None if name in active else _without_effect(host, name) for name in host.plugins}
     return {name: reason for name, reason in (silent | told).items() if reason is not None}
 
 
@@ -61,6 +62,8 @@ def _without_effect(host: Host, name: str) -> str | None:
     hooks = [hook for hook in _hooks() if name in dict(host.implementations(hook))]
     if set(hooks) - LATER:
         return None
+    if "kernels" in hooks:
+        return "none of the implementations of operations that it offers was taken"
     only = f"only {', '.join(hooks)}" if hooks else "no hook"
     return f"it implements {only}, and nothing that runs before the first step ends"
 

@@ -65,6 +65,7 @@ class Checks:
             yield Problem(
                 f"'{wish}' would have no effect: {self.bars[op]}", key=key, fix=f"set it to {AUTO}, or remove the line"
             )
+            return
         if offer is None:
             return
         lack = None if self.device == "any" else offer.lack(self.device)

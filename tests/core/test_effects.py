@@ -8,6 +8,7 @@ from camshaft import Plan, effects
 from camshaft.distributed import Environment
 from camshaft.errors import PluginError, RecipeError
 from camshaft.loop import session
+from camshaft.ops import Kernel, swiglu
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.program import Action, Kind, accumulate
 from camshaft.rundir import RunDirectory
@@ -102,6 +103,19 @@ def problems(resolved, observers=None, world_size=1):
     return [found for found, _ in run_ranks(world_size, refusal, resolved, observers)]
 
 
+class Offers(Plugin):
+    @hookimpl
+    def kernels(self, world):
+        yield Kernel("swiglu", "mine", lambda: {"swiglu": swiglu})
+
+
+class Takes(Plugin):
+    @hookimpl
+    def rewrite(self, world, config):
+        (kernel,) = world.kernels
+        world.ops.replace(kernel.entries())
+
+
 @pytest.fixture
 def resolved(make_recipe):
     return make_recipe(SGD, **THREE_STEPS)
@@ -118,6 +132,15 @@ def test_a_plugin_without_a_hook_that_runs_is_named_with_reason_and_fix(resolved
         == "did nothing by the end of step 1: it implements no hook, and nothing that runs before the first step ends"
     )
     assert second[0] == "plugins.tells" and "it implements only plan, close" in second[1]
+
+
+def test_a_plugin_that_offers_implementations_has_an_effect_when_one_is_taken(resolved):
+    ((found,),) = problems(resolved, {"offers": Offers()})
+    assert found[:2] == (
+        "plugins.offers",
+        "did nothing by the end of step 1: none of the implementations of operations that it offers was taken",
+    )
+    assert problems(resolved, {"offers": Offers(), "takes": Takes()}) == [[]]
 
 
 def test_a_plugin_that_says_so_may_have_its_effect_later(resolved):

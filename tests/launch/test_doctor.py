@@ -1,6 +1,6 @@
 """``camshaft doctor``: findings, and status 3 when something essential is missing."""
 
-import importlib.machinery
+import sys
 
 import pytest
 
@@ -38,16 +38,27 @@ def test_a_cache_that_cannot_be_written_is_missing(monkeypatch, tmp_path):
     ("modules", "words", "real"),
     [
         ({"amp_C", "apex"}, "NVIDIA apex with CUDA extensions", True),
-        ({"apex", "apex.normalization", "apex.multi_tensor_apply"}, "without its CUDA extensions", False),
+        ({"apex", "apex/normalization", "apex/multi_tensor_apply"}, "without its CUDA extensions", False),
         ({"apex"}, "unrelated web package", False),
         (set(), "not installed", False),
     ],
 )
-def test_which_apex(monkeypatch, modules, words, real):
-    spec = importlib.machinery.ModuleSpec("x", None)
-    monkeypatch.setattr(inventory.importlib.util, "find_spec", lambda name: spec if name in modules else None)
+def test_which_apex(monkeypatch, tmp_path, modules, words, real):
+    for name in modules:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
     text, found = inventory.apex()
     assert words in text and found is real
+    assert not {"apex", "amp_C"} & set(sys.modules)
+
+
+def test_which_packages_of_kernels(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    grade, text = doctor.CHECKS["kernels"]()
+    assert "flash_attn of unknown version" in text and "transformer_engine" in text and grade in ("ok", "note")
 
 
 def test_what_a_run_records_is_a_fixed_list(monkeypatch, tmp_path):

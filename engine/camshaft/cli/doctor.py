@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor() -> None:
-    """Check this machine: torch, CUDA, NCCL, DeepSpeed, apex, launchers, rendezvous and cache.
+    """Check this machine: torch, CUDA, NCCL, DeepSpeed, packages of kernels, launchers, rendezvous and cache.
 
     Exit status 3 if something is missing that every run needs.
     """
@@ -105,6 +105,14 @@ def _apex() -> tuple[Grade, str]:
     return "ok" if real else "note", text
 
 
+def _kernels() -> tuple[Grade, str]:
+    found = inventory.kernels()
+    there = [f"{module} {version}" for module, version in found.items() if version]
+    absent = [module for module, version in found.items() if not version]
+    text = ", ".join(there) or "none"
+    return ("note" if absent else "ok"), text + (f"; not installed: {', '.join(absent)}" if absent else "")
+
+
 def _launchers() -> tuple[Grade, str]:
     from camshaft.cli.launch.commands import find_tool
 
@@ -142,6 +150,7 @@ CHECKS: dict[str, Callable[[], tuple[Grade, str]]] = {
     "gloo": _gloo,
     "deepspeed": _deepspeed,
     "apex": _apex,
+    "kernels": _kernels,
     "launchers": _launchers,
     "rendezvous": _rendezvous,
     "cache": _cache,

@@ -30,19 +30,43 @@ def has_module(name: str) -> bool:
         return False
 
 
+def _has_folders(package: str, *names: str) -> bool:
+    """Whether ``package`` has all these packages inside, without importing it: asking for one of them would."""
+    spec = importlib.util.find_spec(package)
+    places = [] if spec is None else spec.submodule_search_locations or []
+    return any(all((Path(place) / name).is_dir() for name in names) for place in places)
+
+
 def apex() -> tuple[str, bool]:
     """Which apex is installed, and whether it is NVIDIA's with its CUDA extensions."""
     if has_module("amp_C"):
         return "NVIDIA apex with CUDA extensions (amp_C)", True
     if not has_module("apex"):
         return "not installed", False
-    if has_module("apex.normalization") and has_module("apex.multi_tensor_apply"):
+    if _has_folders("apex", "normalization", "multi_tensor_apply"):
         return "NVIDIA apex without its CUDA extensions: build it with --cpp_ext --cuda_ext", False
     found = version("apex") or "of unknown version"
     return (
         f"PyPI's 'apex' {found}, an unrelated web package: pip uninstall apex, and build NVIDIA/apex from source",
         False,
     )
+
+
+KERNELS = {
+    "triton": "triton",
+    "liger_kernel": "liger-kernel",
+    "transformer_engine": "transformer-engine",
+    "flash_attn": "flash-attn",
+}
+"""Module to distribution of the packages that hold implementations of single operations, beside apex."""
+
+
+def kernels() -> dict[str, str | None]:
+    """Module to version of each package of ``KERNELS``; None: it is not there. Nothing is imported."""
+    return {
+        module: (version(package) or "of unknown version") if has_module(module) else None
+        for module, package in KERNELS.items()
+    }
 
 
 def gpus() -> list[str]:
