@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Region:
     def __init__(self, name: str, module: Module, device: torch.device, tally: Tally, keep: Keep | None) -> None:
         self.name, self.module, self.inner = name, module, module.forward
         self._own = vars(module).get("forward")
-        self._device, self._tally, self._keep = device, tally, keep
+        self._device, self._tally = device, tally
+        self._contexts = {} if keep is None else {"context_fn": contexts_of(keep)}
         self.keeper = None if keep is None else Keeper(keep)
         self.compiled = False
         """Whether a compiler has taken the forward over: what is saved is up to it."""
@@ -56,11 +57,7 @@ class Region:
     def _traced(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """torch's own form, which a compiler knows."""
         self.compiled = True
-        contexts: dict[str, Any] = {}
-        if self._keep is not None:
-            policy = partial(_policy, self._keep)
-            contexts["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-        return checkpoint(self.inner, *arguments, use_reentrant=False, **contexts, **named)
+        return checkpoint(self.inner, *arguments, use_reentrant=False, **self._contexts, **named)
 
     def _counted(self, frame: Frame, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         saved: list[Tensor] = []
@@ -78,5 +75,14 @@ def _ignore(tensor: Tensor) -> None:
     """After the first run nobody counts."""
 
 
-def _policy(keep: Callable[[Any], bool], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keep(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+@cache
+def contexts_of(keep: Keep) -> Callable[[], Any]:
+    """What ``checkpoint`` takes as ``context_fn``. A compiler guards on its identity: one for all modules."""
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if keep(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    return contexts

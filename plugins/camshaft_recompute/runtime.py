@@ -37,12 +37,12 @@ class Runtime:
         modules = find(model, options, name, whole=not world.stages)
         self._regions: dict[str, Region | Offloaded] = {}
         line = Line(world.device, self._place)
+        keep = of_kinds(options.kinds) if options.mode == "selective" and options.budget is None else None
         for each, module in modules.items():
             if options.mode == "offload":
                 least = OFFLOAD_FROM_KIB if options.offload_from_kib is None else options.offload_from_kib
                 made: Region | Offloaded = Offloaded(each, module, world.device, self._tally, int(least * 1024), line)
             else:
-                keep = of_kinds(options.kinds) if options.mode == "selective" and options.budget is None else None
                 made = Region(each, module, world.device, self._tally, keep)
             made.install()
             self._regions[each] = made
