@@ -10,8 +10,9 @@ from torch import Tensor
 
 from camshaft import bind
 from camshaft.errors import PluginError
+from camshaft.halving import Halver
 from camshaft.host import Host
-from camshaft.program import Action, Kind
+from camshaft.program import CLOSING, Action, Kind
 from camshaft.state import State
 from camshaft.strokes import Strokes
 
@@ -54,6 +55,10 @@ class Stepper:
         self.post_step = bind.event(host, "post_step") or (lambda state: None)
         self._losses: list[Tensor | None] = [None] * state.world.batch.accumulation
         self.program = self._bind(host, program)
+        self._halver: Halver | None = None
+        if state.world.recipe.batch.on_out_of_memory == "halve":
+            self._halver = Halver(state, self.strokes, self._restart)
+            self.program = tuple(each for each in self.program if each[1].kind in CLOSING)
         for group in state.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
@@ -71,9 +76,17 @@ class Stepper:
         self.strokes.start_window(stop_requested)
         state.grad_norm, state.skipped = None, False
         seed_step(state)
+        if self._halver is not None:
+            self._halver.run(beat)
         for call, action, phase in self.program:
             beat(state.step, phase)
             call(action)
+
+    def _restart(self) -> None:
+        """Make undone what forwards and backwards of this window have done."""
+        self._release(self.state)
+        self.state.loss = None
+        seed_step(self.state)
 
     def _bind(self, host: Host, program: tuple[Action, ...]) -> Bound:
         table: dict[Kind, Handler] = {

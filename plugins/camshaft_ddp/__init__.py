@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 import camshaft
+from camshaft.halving import QUIET
 from camshaft.mesh import stated_data_parallel
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ class Plugin(camshaft.Plugin):
             )
         return camshaft.Plan(
             claims=(camshaft.Claim("gradient.layout", "dp"), camshaft.Claim("gradient.reduce", "dp")),
-            provides=("reduced_gradients@dp",),
+            provides=("reduced_gradients@dp", *(() if self._overlaps(context) else (QUIET,))),
             problems=problems,
         )
+
+    def _overlaps(self, context: camshaft.PlanContext) -> bool:
+        """Whether buckets travel during backward."""
+        return bool(self.options.overlap) and context.mesh["dp"].degree > 1
 
     @camshaft.hookimpl
     def estimate(self, context: camshaft.PlanContext, sizes: Sizes) -> Estimate:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import camshaft
 from camshaft.claims import Claim, Plan, PlanContext, Resource
+from camshaft.halving import QUIET
 from camshaft.plugin import hookimpl
 from camshaft_zero.options import Options
 from camshaft_zero.placement import Placement, refusals, resolve
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from camshaft.hookspecs import Forward, Step
     from camshaft.state import State, World
     from camshaft_zero.provider import Storage
+
+FACTS = ("reduced_gradients@dp", "parameter_sums", "whole_parameters")
 
 
 class Plugin(camshaft.Plugin):
@@ -68,9 +71,19 @@ class Plugin(camshaft.Plugin):
             claims += [Claim("parameter.layout", axis) for axis in ("tp", "pp")]
         return Plan(
             claims=tuple(claims),
-            provides=("reduced_gradients@dp", "parameter_sums", "whole_parameters"),
+            provides=(*FACTS, *((QUIET,) if self._quiet(placement, context) else ())),
             problems=tuple(problems),
         )
+
+    def _quiet(self, placement: Placement, context: PlanContext) -> bool:
+        """Whether nothing travels during forward and backward."""
+        from camshaft_zero.costs import summed_each
+
+        options: Options = self.options
+        if context.mesh["dp"].degree == 1:
+            return options.provider == "native"
+        travels = options.overlap or placement.parameters or summed_each(options, placement)
+        return options.provider == "native" and not travels
 
     @hookimpl
     def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate | None:

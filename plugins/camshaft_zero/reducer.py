@@ -319,8 +319,9 @@ class Reducer:
         backward.
         """
         self._done.clear()
+        self._turn, self._next = None, 0
         for filling in self._fillings:
-            filling.total, filling.complete = None, False
+            filling.total, filling.complete, filling.ready = None, False, 0
             filling.fresh, filling.used = [False] * filling.expected, [False] * filling.expected
             for member in filling.unit.layout.members:
                 member.parameter.grad = None

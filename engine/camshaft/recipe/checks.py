@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from camshaft import claims, host
+from camshaft import claims, halving, host
 from camshaft.claims import Plan, PlanContext
 from camshaft.errors import PluginError, Problem, RecipeError
 from camshaft.mesh import MeshShape, stated_data_parallel
@@ -147,6 +147,8 @@ class _Run:
             with self.collect():
                 self.checked.plans[name] = _a_plan(name, plan(context))
         self.problems += claims.check(self.checked.plans, self.checked.mesh, self.checked.owners)
+        if self.recipe.batch.on_out_of_memory == "halve":
+            self.problems += halving.problems(self.checked.plans, self.checked.owners)
 
 
 def _a_plan(name: str, found: object) -> Plan:

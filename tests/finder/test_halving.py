@@ -1,0 +1,130 @@
+"""Microbatches that do not fit, run again in halves: the numbers of an undisturbed run, and refusals before any."""
+
+import pytest
+import torch
+
+from camshaft.plugin import Plugin, hookimpl
+from camshaft.recipe import check
+from camshaft.testing.compare import assert_within, compare
+from camshaft.testing.run import record_ranks
+
+ADAMW = {"precision": {"compute": "fp64"}, "adamw": {"lr": 3e-3}, "clip": {"max_norm": 0.5}}
+BOUNDS = dict.fromkeys(("gradients", "norm", "weights", "optimizer", "loss", "lr"), 1e-12)
+QUIET = {"bucket_size_mb": 0.005, "overlap": False}
+OWNERS = {
+    "plain": ({"ddp": None}, 1),
+    "ddp": ({"ddp": QUIET}, 2),
+    "zero 1": ({"ddp": None, "zero": {"stage": 1, **QUIET}}, 2),
+    "zero 2": ({"ddp": None, "zero": {"stage": 2, "reduce": "last", **QUIET}}, 2),
+}
+
+
+class Short(Plugin):
+    """No room for more than ``rows`` on one rank, from one step on, at one microbatch of it, in one direction."""
+
+    def __init__(self, rank, rows, step, microbatch, where):
+        super().__init__()
+        self.rank, self.rows, self.step, self.microbatch, self.where = rank, rows, step, microbatch, where
+        self.armed, self.raised, self.parts = False, 0, []
+
+    def fail(self, *_):
+        if self.armed:
+            self.raised += 1
+            raise torch.OutOfMemoryError("tried to allocate 7 rows")
+
+    @hookimpl
+    def bind(self, state):
+        self.state = state
+        first = state.model.get_submodule("model.layers.0.mlp")
+        self.handle = first.register_forward_hook(lambda module, given, made: self.watch(made))
+
+    def watch(self, made):
+        if self.where == "backward":  # of the first layer: most gradients are there by then
+            made.register_hook(self.fail)
+        else:
+            self.fail()
+
+    @hookimpl
+    def pre_forward(self, state, batch):
+        first = state.microbatch >= self.microbatch
+        mine = state.world.rank == self.rank and state.step >= self.step
+        self.armed = mine and first and batch.tokens.shape[0] > self.rows
+        if state.step >= self.step:
+            assert batch.weight == int((batch.labels >= 0).sum())
+
+    @hookimpl
+    def log(self, state, record):
+        self.parts.append(record.get("memory/halvings", 0))
+
+    @hookimpl
+    def close(self, state, status):
+        self.handle.remove()
+        if status == "finished":
+            expected = 1 if self.rows > 1 else 2
+            assert self.raised == (expected if state.world.rank == self.rank else 0), self.raised
+            assert self.parts == [0] * self.step + [expected] * (len(self.parts) - self.step), self.parts
+
+
+@pytest.fixture
+def recipe_of(make_recipe):
+    def build(plugins, world_size, way, **batch):
+        sections = {
+            "training": {"max_steps": 4, "log_every": 1},
+            "batch": {"micro_batch_size": 3, "global_batch_size": 12, "on_out_of_memory": way, **batch},
+        }
+        return make_recipe({**plugins, **ADAMW}, world_size, **sections)
+
+    return build
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("owner", OWNERS)
+def test_the_numbers_are_those_of_a_run_that_was_not_disturbed(recipe_of, owner, where):
+    plugins, ranks = OWNERS[owner]
+    reference = record_ranks(recipe_of(plugins, ranks, "stop"), ranks)[0]
+    calm = record_ranks(recipe_of(plugins, ranks, "halve"), ranks)[0]
+    assert_within(compare(calm, reference), dict.fromkeys(BOUNDS, 0.0))  # without need nothing changes
+    # The last microbatch of a window: its backward is the one in which owners would reduce. Then in a window's middle.
+    for step, microbatch in ((0, 12 // (3 * ranks) - 1), (2, 1)):
+        short = Short(ranks - 1, 2, step, microbatch, where)
+        halved = record_ranks(recipe_of(plugins, ranks, "halve"), ranks, {"short": short})
+        for records in halved:
+            assert_within(compare(records, reference), BOUNDS)
+
+
+def test_halves_that_do_not_fit_are_halved_again_down_to_one_sample(recipe_of):
+    plugins, ranks = OWNERS["ddp"]
+    reference = record_ranks(recipe_of(plugins, ranks, "stop"), ranks)[0]
+    records = record_ranks(recipe_of(plugins, ranks, "halve"), ranks, {"short": Short(0, 1, 1, 0, "backward")})[0]
+    assert_within(compare(records, reference), BOUNDS)
+
+
+@pytest.mark.parametrize(("way", "message"), [("halve", "one sample at a time"), ("stop", "tried to allocate 7 rows")])
+def test_a_sample_that_does_not_fit_and_a_recipe_that_says_stop_end_the_run(recipe_of, way, message):
+    with pytest.raises(Exception, match=message):
+        record_ranks(recipe_of(*OWNERS["plain"], way), 1, {"short": Short(0, 0, 1, 0, "forward")})
+
+
+@pytest.mark.parametrize(
+    ("plugins", "parallel", "names"),
+    [
+        ({"ddp": {}}, {}, {"ddp": "plugins.ddp.overlap=false"}),
+        ({"ddp": None, "zero": {"stage": 1}}, {}, {"zero": "plugins.zero.overlap=false"}),
+        ({"ddp": None, "zero": {"stage": 2, "overlap": False}}, {}, {"zero": "=stop"}),
+        ({"ddp": None, "zero": {"stage": 3, "overlap": False}}, {}, {"zero": "=stop"}),
+        ({"ddp": None, "deepspeed": {"stage": 1}}, {}, {"deepspeed": "=stop"}),
+        ({"ddp": None, "tensor_parallel": {}}, {"tensor_parallel": 2}, {"tensor_parallel": "=stop"}),
+        ({"ddp": None, "pipeline": {"schedule": "1f1b"}}, {"pipeline_parallel": 2}, {"pipeline": "=stop"}),
+    ],
+)
+def test_validate_refuses_owners_that_exchange_during_a_microbatch(make_recipe, plugins, parallel, names):
+    sections = {
+        "parallel": parallel,
+        "batch": {"micro_batch_size": 3, "global_batch_size": 12, "on_out_of_memory": "halve"},
+        "model": {**make_recipe({}).tree["model"], "num_attention_heads": 6},
+    }
+    resolved = make_recipe({**plugins, "adamw": {"lr": 1e-3}}, 2, **sections)
+    problems = [each for each in check(resolved, 2).problems if each.key == "batch.on_out_of_memory"]
+    assert len(problems) == 1
+    for name, fix in names.items():
+        assert f"'{name}'" in problems[0].message and "halve" in problems[0].message and fix in problems[0].fix
