@@ -25,13 +25,15 @@ from camshaft.errors import PluginError
 
 if TYPE_CHECKING:
     from camshaft.claims import Plan
-    from camshaft.parts import Piece
+    from camshaft.parts import Part, Piece
     from camshaft.state import State
 
 GRADIENT, WEIGHT, VALUE, BUFFER = "the gradient of", "the weight", "the optimizer's value", "the buffer"
 Item = tuple[str, str]
 """(kind, name) of a tensor."""
-Look = dict[Item, int | None]
+Mark = tuple[int | None, int | None]
+"""(what changes when a tensor is written, a checksum that other ranks may change too); None where there is none."""
+Look = dict[Item, Mark]
 
 REDUCES, LAYS_OUT = ("gradient.reduce", "gradient.layout"), ("parameter.layout", "optimizer.layout", "gradient.layout")
 ANYBODY = ("",)
@@ -123,32 +125,36 @@ class Contracts:
         state, found = self._state, Look()
         if GRADIENT in kinds:
             if hook in TRAVELLING and self._reduced:
-                found |= {(GRADIENT, name): _version(p.grad) for name, p in state.model.named_parameters()}
+                found |= {(GRADIENT, name): _marked(p.grad) for name, p in state.model.named_parameters()}
             else:
-                found |= {(GRADIENT, part.pieces[0].name): checksum(part.tensor.grad) for part in _parts(state)}
+                for part in state.world.parts:
+                    found |= _by_piece(GRADIENT, part, part.tensor.grad)
         if WEIGHT in kinds:
-            found |= {(WEIGHT, part.pieces[0].name): checksum(part.tensor) for part in _parts(state)}
-            mark = _version if self._divided else checksum
+            for part in state.world.parts:
+                found |= _by_piece(WEIGHT, part, part.tensor)
+            mark = _marked if self._divided else _summed
             found |= {(WEIGHT, f"{name} (of the model)"): mark(p) for name, p in state.model.named_parameters()}
         if VALUE in kinds:
-            found |= {
-                (VALUE, f"{part.pieces[0].name}/{key}"): checksum(value)
-                for part in _parts(state)
-                for key, value in state.optimizer.state.get(part.tensor, {}).items()
-                if isinstance(value, Tensor)
-            }
+            for part in state.world.parts:
+                for key, value in state.optimizer.state.get(part.tensor, {}).items():
+                    if isinstance(value, Tensor):
+                        found |= _by_piece(VALUE, part, value, f"/{key}")
         if BUFFER in kinds:
-            found |= {(BUFFER, name): checksum(buffer) for name, buffer in state.model.named_buffers()}
+            found |= {(BUFFER, name): _summed(buffer) for name, buffer in state.model.named_buffers()}
         return found
 
     def _compare(self, plugin: str, hook: str, before: Look, after: Look) -> None:
-        for item in (*before, *(item for item in after if item not in before)):
-            if before.get(item) != after.get(item):
-                kind, name = item
-                step = self._state.step + (hook not in ("post_step", "log", "save"))
-                need = RULES[hook].get(kind, ())
-                why = f"without a claim on {' or '.join(need)}" if need else "which nobody may do there"
-                raise ContractBroken(plugin, hook, f"wrote {kind} '{name}' in step {step}, {why}")
+        nothing: Mark = (None, None)
+        every = [*before, *(item for item in after if item not in before)]
+        changed = [item for item in every if before.get(item, nothing)[0] != after.get(item, nothing)[0]]
+        if not changed:
+            return
+        surely = [item for item in changed if before.get(item, nothing)[1] != after.get(item, nothing)[1]]
+        kind, name = (surely or changed)[0]
+        step = self._state.step + (hook not in ("post_step", "log", "save"))
+        need = RULES[hook].get(kind, ())
+        why = f"without a claim on {' or '.join(need)}" if need else "which nobody may do there"
+        raise ContractBroken(plugin, hook, f"wrote {kind} '{name}' in step {step}, {why}")
 
     def compare_copies(self) -> None:
         """Compare this step's sample of copies over all ranks. Collective, after the last backward of a window.
@@ -213,16 +219,25 @@ class Contracts:
         return owners[0] if owners else "?"
 
 
-def _parts(state: State) -> list[Any]:
-    return [part for part in state.world.parts if part.pieces]
+def _by_piece(kind: str, part: Part, values: Tensor | None, key: str = "") -> Look:
+    """A checksum for each piece of a part: of ``values``, laid out as its tensor; of all of them where they are not."""
+    if values is None or values.shape != part.tensor.shape or hasattr(values, "to_local"):
+        return {(kind, f"{piece.name}{key}"): _summed(values) for piece in part.pieces[:1]}
+    return {(kind, f"{piece.name}{key}"): _summed(flat) for piece, flat in part.slices(values.detach())}
 
 
 def _place(piece: Piece) -> tuple[Any, ...]:
     return (None if piece.box is None else piece.box.offset, piece.start, piece.length)
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor._version
+def _summed(tensor: Tensor | None) -> Mark:
+    found = checksum(tensor)
+    return found, found
+
+
+def _marked(tensor: Tensor | None) -> Mark:
+    """By the version counter, which is one for all views of a buffer: the checksum tells which of them it was."""
+    return (None, None) if tensor is None else (tensor._version, checksum(tensor))
 
 
 def checksum(tensor: Tensor | None) -> int | None:

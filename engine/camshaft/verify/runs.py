@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from camshaft.distributed import Environment
 from camshaft.errors import CamshaftError, PluginError, RecipeError
 from camshaft.loop import session
@@ -57,6 +59,8 @@ Outcome = Recording | Failure | Unequal
 
 def run(resolved: Resolved, ranks: int, dtypes: str | None = None, timeout_s: float = RUN_S) -> Outcome:
     """Train ``resolved`` to its end on ``ranks`` forked ranks; ``dtypes``: owned here, and not by a plugin."""
+    # What each rank would import at its first deterministic step, for most of a second, is forked with them.
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     try:
         found = run_ranks(ranks, _train, resolved, dtypes, timeout_s=timeout_s)
     except RankFailed as error:

@@ -101,11 +101,12 @@ def shrink(
         RecipeError: no smaller recipe of these plugins is legal; with the problems of the last attempt.
     """
     problems: Sequence[Problem] = ()
-    for small in _attempts(resolved, checked, sorted_, folder, steps, device):
-        fitted, problems = _fit(small, sorted_, resolved)
-        if fitted is not None:
-            _write_corpus(fitted, resolved.recipe.seed, steps)
-            return fitted
+    for strict in (True, False):
+        for small in _attempts(resolved, checked, sorted_, folder, steps, device):
+            fitted, problems = _fit(small, sorted_, resolved, strict=strict)
+            if fitted is not None:
+                _write_corpus(fitted, resolved.recipe.seed, steps)
+                return fitted
     raise RecipeError(list(problems))
 
 
@@ -191,8 +192,11 @@ def _write_corpus(small: Small, seed: int, steps: int) -> None:
     )
 
 
-def _fit(small: Small, sorted_: Sorted, resolved: Resolved) -> tuple[Small | None, Sequence[Problem]]:
-    """``small`` in fp64, or as wide as its plugins let it; sizes that have no effect in it are taken out again."""
+def _fit(small: Small, sorted_: Sorted, resolved: Resolved, *, strict: bool) -> tuple[Small | None, Sequence[Problem]]:
+    """``small`` in fp64, or as wide as its plugins let it; sizes that have no effect in it are taken out again.
+
+    Unless ``strict``, options of the recipe that cannot be in it are taken out too, and told.
+    """
     problems: Sequence[Problem] = ()
     refused = ""
     for compute in ("fp64", "fp32") if small.device == "cpu" else ("fp32",):
@@ -201,7 +205,7 @@ def _fit(small: Small, sorted_: Sorted, resolved: Resolved) -> tuple[Small | Non
             problems = _problems(attempt, sorted_)
             if not problems:
                 return replace(attempt, notes=_notes(attempt, sorted_, refused)), ()
-            cut = _without(attempt, problems, resolved)
+            cut = _without(attempt, problems, resolved, strict=strict)
             if cut is None:
                 break
             attempt = cut
@@ -238,15 +242,19 @@ def _problems(small: Small, sorted_: Sorted) -> Sequence[Problem]:
     return ()
 
 
-def _without(small: Small, problems: Sequence[Problem], resolved: Resolved) -> Small | None:
-    """``small`` without the options that problems are about, if they are sizes that this module made smaller."""
-    sections, found = {name: dict(section) for name, section in small.sections.items()}, False
+def _without(small: Small, problems: Sequence[Problem], resolved: Resolved, *, strict: bool) -> Small | None:
+    """``small`` without the options that problems are about: those that this module set, or any unless ``strict``."""
+    sections, notes = {name: dict(section) for name, section in small.sections.items()}, list(small.notes)
     for problem in problems:
         words = problem.key.split(".")
         if len(words) < 3 or words[0] != "plugins" or words[2] not in sections.get(words[1], {}):
             continue
-        given = resolved.tree["plugins"].get(words[1]) or {}
-        if words[2] not in given:
-            del sections[words[1]][words[2]]
-            found = True
-    return replace(small, sections=sections) if found else None
+        given = words[2] in (resolved.tree["plugins"].get(words[1]) or {})
+        if given and strict:
+            continue
+        if given:
+            notes.append(f"{'.'.join(words[:3])}, which a small model on this machine cannot have: {problem.message}")
+        del sections[words[1]][words[2]]
+    if sections == small.sections:
+        return None
+    return replace(small, sections=sections, notes=tuple(notes))

@@ -35,6 +35,7 @@ def small_model(
     head_dim = next((size for size in (8, 4) if config.head_dim % size == 0), 6)
     square = config.hidden_size == config.num_attention_heads * config.head_dim
     hidden = heads * head_dim + (0 if square else 2 * cut)
+    hidden += 2 * cut if hidden % 16 == 0 else 0  # sizes that are too round leave no padding in flat buffers
     ratio = min(max(config.intermediate_size / config.hidden_size, 0.5), 3.0)
     inner = as_even(round(hidden * ratio), config.intermediate_size, tp, cut)
     scaling = config.rope_scaling

@@ -27,10 +27,18 @@ from camshaft.verify.record import Recording, Step
 
 
 def find(plugin: str) -> ModuleType | None:
-    """The plugin's textbook, if it carries one."""
-    package = plugin_class(plugin).__module__.split(".")[0]
-    name = f"{package}.textbook"
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
+    """The textbook that the plugin carries, or that of the nearest class it inherits from."""
+    packages = dict.fromkeys(each.__module__.split(".")[0] for each in plugin_class(plugin).__mro__)
+    for package in packages:
+        if package in ("builtins", "camshaft"):
+            continue
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.submodule_search_locations is None:  # a plugin that is one file
+            continue
+        name = f"{package}.textbook"
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    return None
 
 
 class Textbooks:
