@@ -24,7 +24,9 @@ COMMANDS = {
     "plan": "Show what a run would do: phases, owners, claims and the program, without starting it.",
     "profile": "Record a window of training: time by operation, exposed communication, memory, MFU.",
     "verify": "Prove that a recipe trains what one plain process trains, and name the plugin that does not.",
+    "sweep": "Write a sweep over values of a recipe for W&B's agents, or run it here (--local).",
     "plugins": "List the installed plugins.",
+    "new-plugin": "Write a package to start a plugin from, with tests that pass.",
     "hooks": "List the hooks, and who implements them in a recipe.",
     "schema": "Write the JSON Schema of recipes, for editors.",
     "doctor": "Check this machine: torch, CUDA, NCCL, DeepSpeed and the launchers.",
@@ -98,7 +100,7 @@ def _app(wanted: str) -> typer.Typer:
     app.callback()(_root)
     for name in (*COMMANDS, *HIDDEN):
         if name == wanted:
-            importlib.import_module(f"camshaft.cli.{name}").register(app)
+            importlib.import_module(f"camshaft.cli.{name.replace('-', '_')}").register(app)
         elif name in COMMANDS:
             app.command(name, help=COMMANDS[name])(_not_imported)
     return app
