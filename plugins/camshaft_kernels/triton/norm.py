@@ -16,12 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narrow, processors, rows, tile, warps, wide
 
-FORWARD_ELEMENTS = 4096
-BACKWARD_ELEMENTS = 8192
+ELEMENTS = 4096
 """Elements of a tile: enough loads in flight for the memory's latency, few enough to stay in registers."""
 
 PROGRAMS = 2
-"""Programs of the backward for each multiprocessor: one loads while the other sums."""
+"""Programs of the backward for each multiprocessor, whose registers hold so many: one loads while the other sums."""
 
 
 @jit
@@ -100,7 +99,7 @@ def _forward(
     count = matrix.shape[0]
     scales = torch.empty(count, dtype=computed(dtype, weight.dtype), device=hidden.device)
     if count and columns:
-        tall, block = tile(count, columns, FORWARD_ELEMENTS)
+        tall, block = tile(count, columns, ELEMENTS)
         forward_kernel[(ceil_div(count, tall),)](
             matrix, matrix.stride(0), other, other.stride(0), weight.contiguous(),
             matrix if summed is None else summed, normed, scales, count, columns, eps,
@@ -117,7 +116,7 @@ def _backward(
     upstream = rows(upstream)
     other = upstream if extra is None else rows(extra)
     gradient = torch.empty_like(value, memory_format=torch.contiguous_format)
-    tall, block = tile(count, columns, BACKWARD_ELEMENTS)
+    tall, block = tile(count, columns, ELEMENTS)
     tiles = ceil_div(ceil_div(count, tall), PROGRAMS * processors(value.device))
     programs = ceil_div(ceil_div(count, tall), tiles) if tiles else 0
     partial = torch.empty((programs, columns) if weighted else (1, 1), dtype=scales.dtype, device=value.device)
@@ -125,7 +124,7 @@ def _backward(
         backward_kernel[(programs,)](
             upstream, upstream.stride(0), other, other.stride(0), value, value.stride(0), weight.contiguous(), scales,
             gradient, partial, count, columns, tiles,
-            EXTRA=extra is not None, PARTIAL=weighted, ROWS=tall, BLOCK=block, num_warps=warps(tall * block),
+            EXTRA=extra is not None, PARTIAL=weighted, ROWS=tall, BLOCK=block, num_warps=warps(2 * tall * block),
         )  # fmt: skip
     return gradient, partial.sum(0).to(weight.dtype) if weighted else None
 

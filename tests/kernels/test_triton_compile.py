@@ -1,0 +1,61 @@
+"""Kernels compile for GPUs that are not here: a cubin comes out, in registers, with loads of 16 bytes."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux alone")
+
+TRITON = "compiled"
+NAMES = [
+    *(f"norm{kind} {size} {flag}"
+      for size in ("2048 bf16 fp32", "2048 bf16 bf16", "2048 fp32 fp32", *(f"{n} bf16 fp32" for n in (128, 4096, 8192)))
+      for kind in ("", " backward") for flag in (False, True)),
+    *(f"rope {heads} {flag}" for heads in ("32 8 128", "32 4 64") for flag in (False, True)),
+    "swiglu bf16", "swiglu backward bf16", "swiglu fp32", "swiglu backward fp32",
+    *(f"loss {size} {flag}" for size in ("128256 bf16", "32000 fp32") for flag in (False, True)),
+    "loss gradient 128256 bf16", "loss gradient 32000 fp32",
+    "adamw fp32 True", "adamw bf16 True", "adamw fp32 False",
+]  # fmt: skip
+OTHERS = [name for name in NAMES if not any(size in name for size in ("fp32 fp32", "4096", "8192", "bf16 bf16"))]
+"""Compiled for the oldest and the newest GPUs as well."""
+
+
+def compiled(name, capability):
+    import triton_compiling
+
+    variant = triton_compiling.variants()[name]
+    result = triton_compiling.compile_for(variant, capability)
+    assert len(result.asm["cubin"]) > 1000
+    assert f".target sm_{capability}" in result.asm["ptx"]
+    return variant, result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hopper(name):
+    import triton_compiling
+
+    variant, result = compiled(name, 90)
+    with TemporaryDirectory() as folder:
+        registers, spilled = triton_compiling.usage(result, Path(folder))
+    assert spilled == 0
+    assert 8 < registers <= variant.registers
+    assert (triton_compiling.widest_load(result) >= 16) == variant.wide
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(name, capability):
+    compiled(name, capability)
+
+
+def test_every_kernel_is_compiled_here():
+    import triton_compiling
+
+    variants = triton_compiling.variants()
+    assert set(variants) == set(NAMES)
+    launched = {id(variants[name].kernel) for name in NAMES}
+    found = triton_compiling.kernels()
+    assert len(found) == 8
+    assert {name for name, kernel in found.items() if id(kernel) not in launched} == set()
