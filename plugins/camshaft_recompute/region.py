@@ -27,7 +27,7 @@ class Region:
         self.name, self.module, self.inner = name, module, module.forward
         self._own = vars(module).get("forward")
         self._device, self._tally = device, tally
-        self._contexts = {} if keep is None else {"context_fn": contexts_of(keep)}
+        self._contexts: dict[str, Any] = {} if keep is None else {"context_fn": contexts_of(keep)}
         self.keeper = None if keep is None else Keeper(keep)
         self.compiled = False
         """Whether a compiler has taken the forward over: what is saved is up to it."""
@@ -57,7 +57,8 @@ class Region:
     def _traced(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """torch's own form, which a compiler knows."""
         self.compiled = True
-        return checkpoint(self.inner, *arguments, use_reentrant=False, **self._contexts, **named)
+        contexts: dict[str, Any] = self._contexts
+        return checkpoint(self.inner, *arguments, use_reentrant=False, **contexts, **named)
 
     def _counted(self, frame: Frame, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         saved: list[Tensor] = []
@@ -83,6 +84,6 @@ def contexts_of(keep: Keep) -> Callable[[], Any]:
         return CheckpointPolicy.MUST_SAVE if keep(operation) else CheckpointPolicy.PREFER_RECOMPUTE
 
     def contexts() -> Any:
-        return create_selective_checkpoint_contexts(policy)
+        return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
     return contexts
