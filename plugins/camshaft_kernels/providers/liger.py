@@ -81,12 +81,13 @@ def _rope(q: Tensor, k: Tensor, angles: Rope, dtype: torch.dtype) -> tuple[Tenso
     cos, signed = angles
     half = signed.shape[-1] // 2
     sin = torch.cat((signed[..., half:], signed[..., half:]), -1)  # Liger's own signs are in its kernel
-    # Copies: the rotation is written over what it gets.
-    turned = (each.to(dtype, copy=True).transpose(1, 2) for each in (q, k))
     if not q.numel():
         return q.to(dtype), k.to(dtype)
+    # Copies, because the rotation is written over what it gets; wide ones, because it rounds each of its products.
+    wide = torch.promote_types(dtype, torch.float32)
+    turned = (each.to(wide, copy=True).transpose(1, 2) for each in (q, k))
     one, other = LigerRopeFunction.apply(*turned, cos.squeeze(2), sin.squeeze(2))
-    return one.transpose(1, 2), other.transpose(1, 2)
+    return one.transpose(1, 2).to(dtype), other.transpose(1, 2).to(dtype)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
