@@ -29,6 +29,8 @@ class Region:
         self._device, self._tally = device, tally
         self._contexts: dict[str, Any] = {} if keep is None else {"context_fn": contexts_of(keep)}
         self.keeper = None if keep is None else Keeper(keep)
+        self.plain = False
+        """Whether it is left as it is after all."""
         self.compiled = False
         """Whether a compiler has taken the forward over: what is saved is up to it."""
 
@@ -45,7 +47,7 @@ class Region:
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The module's own; where gradients are wanted, without what autograd saves."""
-        if not torch.is_grad_enabled():
+        if self.plain or not torch.is_grad_enabled():
             return self.inner(*arguments, **named)
         if torch.compiler.is_compiling():
             return self._traced(arguments, named)

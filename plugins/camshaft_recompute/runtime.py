@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module
 
 from camshaft.comm import Channel
-from camshaft_recompute.choice import Cost, best
+from camshaft_recompute.choice import Choice, Cost, best
 from camshaft_recompute.keeping import Keeper
 from camshaft_recompute.kinds import makes, of_kinds
 from camshaft_recompute.offload import Line, Offloaded
@@ -114,7 +114,7 @@ class Runtime:
         modules, bytes_saved = found.tolist()
         if not modules:
             return "no module of the model is one of those that it is to work on; see plugins.recompute.modules"
-        if bytes_saved:
+        if bytes_saved or self._options.budget is not None:
             return None
         if self._options.mode == "offload":
             return "no tensor that the modules keep is large enough to leave; lower plugins.recompute.offload_from_kib"
@@ -127,17 +127,25 @@ class Runtime:
         calls: dict[str, list[Seen]] = {}
         for call in self._tally.calls:
             calls.setdefault(call.name, []).append(call)
-        costs = self._agreed([_costs(each) for each in calls.values()])
-        kept = 0
-        for several, own, numbers in zip(
-            calls.values(), costs, best(costs, budget - sum(each.inputs for each in self._tally.calls)), strict=True
-        ):
-            kept += sum(own[number].bytes for number in numbers)
-            self._spared += sum(call.first.done[number].flops for call in several for number in numbers)
-            region = self._regions[several[0].name]
-            assert isinstance(region, Region)
-            region.keeper = Keeper(makes, numbers) if numbers else None
-        return kept
+        costs = self._agreed([[*_costs(each), _whole(each)] for each in calls.values()])
+        results, wholes = [each[:-1] for each in costs], [each[-1] for each in costs]
+        left = budget - sum(each.inputs for each in self._tally.calls)
+        return sum(
+            self._settle(several, choice, own)
+            for several, choice, own in zip(calls.values(), best(results, wholes, left), costs, strict=True)
+        )
+
+    def _settle(self, calls: Sequence[Seen], choice: Choice, costs: Sequence[Cost]) -> int:
+        """Let the module of ``calls`` do as chosen; returns the bytes that it keeps of them."""
+        region = self._regions[calls[0].name]
+        assert isinstance(region, Region)
+        if choice is None:
+            region.plain = True
+            self._spared += sum(call.again.flops for call in calls)
+            return sum(call.dropped for call in calls)
+        region.keeper = Keeper(makes, choice) if choice else None
+        self._spared += sum(call.first.done[number].flops for call in calls for number in choice)
+        return sum(costs[number].bytes for number in choice)
 
     def _agreed(self, own: list[list[Cost]]) -> list[list[Cost]]:
         """The largest of each that any rank with the same modules has; none where ranks ran other operations."""
@@ -148,7 +156,7 @@ class Runtime:
         both = torch.tensor([count, -count], dtype=torch.float64, device=device)
         self._peers.all_reduce(both, "post_reduce", "max").wait()
         if float(both[0]) != -float(both[1]):
-            return [[] for _ in own]
+            return [[Cost(2**62, 0.0)] for _ in own]
         numbers = [number for each in own for cost in each for number in cost]
         flat = torch.tensor(numbers, dtype=torch.float64, device=device)
         self._peers.all_reduce(flat, "post_reduce", "max").wait()
@@ -162,6 +170,12 @@ class Runtime:
         self._regions = {}
 
 
+def _whole(calls: Sequence[Seen]) -> Cost:
+    """Of a module that is left as it is."""
+    seconds = sum(_seconds(call, place) for call in calls for place in range(len(call.first.done)))
+    return Cost(sum(call.dropped for call in calls), seconds)
+
+
 def _costs(calls: Sequence[Seen]) -> list[Cost]:
     """Of each result that could be kept, over all calls of a module; none where those ran other operations."""
     tables = [_costs_of(call) for call in calls]
@@ -173,13 +187,18 @@ def _costs(calls: Sequence[Seen]) -> list[Cost]:
 
 
 def _costs_of(call: Seen) -> list[Cost]:
-    """What a second run does not come to saves nothing; of both runs the faster counts."""
-    first, again = call.first, call.again.done
-    found = []
-    for place, each in enumerate(first.done):
-        times = [each.seconds(), *(other.seconds() for other in again[place : place + 1])]
-        found.append(Cost(each.bytes, 0.0 if each.spoiled or each.saved >= first.saved else min(times)))
-    return found
+    """What cannot be kept saves nothing."""
+    return [
+        Cost(each.bytes, 0.0 if each.spoiled else _seconds(call, place)) for place, each in enumerate(call.first.done)
+    ]
+
+
+def _seconds(call: Seen, place: int) -> float:
+    """Of an operation in the faster of both runs; 0 of one that a second run does not come to."""
+    first, again = call.first.done[place], call.again.done[place : place + 1]
+    if first.saved >= call.first.saved:
+        return 0.0
+    return min(each.seconds() for each in (first, *again))
 
 
 def _bytes(size: float) -> str:

@@ -15,6 +15,7 @@ from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import run_ranks
 from camshaft.testing.run import Quiet
 from camshaft_recompute.offload import Lane
+from camshaft_recompute.trees import address, tensors
 
 
 class Living(TorchDispatchMode):
@@ -26,8 +27,9 @@ class Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, torch.Tensor):
+        given = {address(each) for each in tensors([args, kwargs])}
+        for each in tensors(result):
+            if address(each) not in given:  # what an operation was given it did not make
                 storage = each.untyped_storage()
                 self.made[StorageWeakRef(storage)] = storage.nbytes()
         return result

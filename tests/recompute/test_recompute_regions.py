@@ -103,7 +103,7 @@ def test_the_comparison_sees_what_is_not_restored(monkeypatch, broken):
     hidden, shift = (each.detach().float().requires_grad_() for each in inputs())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         made, _ = net(hidden, {"shift": (shift, None)}, scale=1.5)
-    with pytest.raises(RuntimeError, match="'net' computed something else the second time: it saved .*float32"):
+    with pytest.raises(RuntimeError, match=r"'net' computed something else the second time: it saved .*float32"):
         made.sum().backward()
 
 

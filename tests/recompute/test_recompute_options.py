@@ -1,0 +1,118 @@
+"""What means nothing together is refused with the fix, and a plugin that saves nothing says so."""
+
+import pytest
+from recompute_cases import FULL, Builds, recipe, train
+
+from camshaft.errors import RecipeError
+from camshaft.models.llama import Llama
+from camshaft.plugin import Plugin, hookimpl
+from camshaft.recipe import check
+from camshaft.testing.ranks import RankFailed
+from camshaft_recompute.options import Options
+from camshaft_recompute.patterns import chosen, matches, number
+
+REFUSED = {
+    "save without choice": ({"mode": "full", "save": ["products"]}, "mode 'full' nothing is chosen", "mode=selective"),
+    "budget without choice": ({"mode": "offload", "budget_gib": 1.0}, "'budget_gib' says what is kept", "budget_gib"),
+    "budget with none": ({"mode": "none", "budget_bytes": 5}, "'budget_bytes' says what is kept", "budget_bytes"),
+    "two budgets": ({"budget_gib": 1.0, "budget_bytes": 5}, "the budget is given twice", "remove budget_bytes"),
+    "two choices": ({"budget_gib": 1.0, "save": ["products"]}, "so does the budget's choice", "remove save"),
+    "a word": ({"save": ["matmuls"]}, "'matmuls' is no kind of operation; there are: products", "aten.mm"),
+    "no kinds": ({"save": []}, "'save' is empty", "name at least one"),
+    "no modules": ({"modules": []}, "'modules' is empty", "name at least one"),
+    "a size": ({"mode": "full", "offload_from_kib": 4.0}, "is about mode 'offload'", "mode=offload"),
+    "a compiled budget": ({"budget_gib": 1.0}, "a compiled module has none of them", "plugins.compile=null"),
+    "a compiled offload": ({"mode": "offload"}, "a compiled module has none of them", "plugins.compile=null"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused(make_recipe, case):
+    options, said, fix = REFUSED[case]
+    plugins = {"compile": {}} if "compiled" in case else {}
+    found = check(recipe(make_recipe, 1, options, plugins=plugins), 1, device="cpu").problems
+    (problem,) = [each for each in found if each.key.startswith("plugins.recompute")]
+    assert said in problem.message and fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "none", "every": 2}, {"every": 2, "layers": [0, 2]}, {"save": ["my_lib.*"]}]
+)
+def test_is_legal(make_recipe, options):
+    assert check(recipe(make_recipe, 1, options), 1, device="cpu").problems == ()
+
+
+def test_no_word_starts_a_run_that_says_what_the_model_has(make_recipe):
+    with pytest.raises(RankFailed, match=r"no module is called 'model.layer.\*'; there are, for example, model, "):
+        train(make_recipe, 1, {"mode": "full", "modules": ["model.layer.*"]}, kind=Llama)
+
+
+def test_layers_that_the_model_lacks(make_recipe):
+    with pytest.raises(RankFailed, match="the modules chosen have no layer 4; they are 0 to 3"):
+        train(make_recipe, 1, {"mode": "full", "layers": [1, 4]}, kind=Llama)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "full", "modules": ["model.layers.*.self_attn.q_proj"]}, "nothing is saved"),
+        ({"mode": "full", "every": 3, "modules": ["model.norm"]}, "no module of the model is one of those"),
+        ({"mode": "offload", "offload_from_kib": 4096.0}, "lower plugins.recompute.offload_from_kib"),
+    ],
+    ids=["nothing to let go of", "no layer", "all small"],
+)
+def test_a_run_in_which_nothing_is_saved_stops(make_recipe, options, said):
+    with pytest.raises(RankFailed, match=f"(?s)plugins.recompute: did nothing by the end of step 1.*{said}"):
+        train(make_recipe, 1, options, kind=Llama)
+
+
+def test_a_stage_without_chosen_layers_is_no_reason_to_stop(make_recipe):
+    settings = {
+        "plugins": {"ddp": None, "pipeline": {"schedule": "1f1b"}},
+        "parallel": {"pipeline_parallel": 2},
+    }
+    ranks = train(make_recipe, 2, {"mode": "full", "layers": [3]}, **settings)
+    assert len(ranks[0]) == 3
+
+
+def test_mode_none_changes_nothing_and_says_nothing(make_recipe):
+    forwards = []
+
+    class Looks(Plugin):
+        @hookimpl
+        def bind(self, state):
+            forwards.append([name for name, module in state.model.named_modules() if "forward" in vars(module)])
+
+    from camshaft.testing.run import record_ranks
+
+    resolved = recipe(make_recipe, 1, {"mode": "none"})
+    assert len(record_ranks(resolved, 1, {"builds": Builds(Llama), "looks": Looks()})[0]) == 3
+
+
+def test_default_layers_are_those_of_the_modulelists_of_a_model_that_names_none(make_recipe):
+    class Own(Llama):
+        pipeline = None
+
+    assert len(train(make_recipe, 1, FULL, kind=Own)[0]) == 3
+
+
+def test_names():
+    assert matches("model.layers.3.mlp", "model.layers.*.mlp") and not matches(
+        "model.layers.3.mlp.up", "model.layers.*"
+    )
+    assert number("model.layers.12.mlp.3") == 12 and number("model.norm") is None
+    names = [f"model.layers.{layer}{leaf}" for layer in range(6) for leaf in ("", ".mlp", ".mlp.up")]
+    assert chosen(names, ["model.layers.*"], every=2) == [f"model.layers.{layer}" for layer in (0, 2, 4)]
+    assert chosen(names, ["model.layers.*.mlp"], every=2, layers=[1, 2, 4]) == [
+        "model.layers.2.mlp", "model.layers.4.mlp",
+    ]  # fmt: skip
+    both = chosen(names, ["model.layers.*.mlp.up", "model.layers.1", "model.layers.1.mlp"])
+    assert "model.layers.1" in both and "model.layers.1.mlp" not in both and "model.layers.0.mlp.up" in both
+
+
+def test_values_are_checked():
+    for wrong in ({"every": 0}, {"layers": [-1]}, {"budget_gib": -1.0}, {"mode": "some"}):
+        with pytest.raises(ValueError):
+            Options(**wrong)
+    assert Options(budget_gib=0.5).budget == 2**29 and Options().budget is None
+    assert issubclass(RecipeError, Exception)
