@@ -65,6 +65,10 @@ def markdown(results: dict[str, Any]) -> str:
         parts += race_tables("Pipelines: 2 and 4 ranks, one thread each, fp32", results["pipeline"])
     if "pipeline_sleep" in results:
         parts += sleep_table(results["pipeline_sleep"])
+    if "single_gpu" in results:
+        from tools.bench.single_gpu import table
+
+        parts += table(results["single_gpu"])
     return "\n".join(parts)
 
 
@@ -132,9 +136,11 @@ def check_contestants(chosen: Sequence[str]) -> None:
     Raises:
         SystemExit: there is none of a name.
     """
-    from tools.bench import pipeline, sharded, tensor
+    from tools.bench import pipeline, sharded, single_gpu, tensor
 
-    known = dict.fromkeys([*sharded.ALONE, *sharded.TOGETHER, *tensor.ENTRIES, *pipeline.CONTESTANTS])
+    known = dict.fromkeys(
+        [*sharded.ALONE, *sharded.TOGETHER, *tensor.ENTRIES, *pipeline.CONTESTANTS, *single_gpu.NAMES]
+    )
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise SystemExit(f"no contestant {unknown}; there are: {', '.join(known)}")
@@ -143,6 +149,7 @@ def check_contestants(chosen: Sequence[str]) -> None:
 def main() -> None:
     """Run what was asked for."""
     names = ["overhead", "data_parallel", "sharded", "sharded_overhead", "tensor", "pipeline", "pipeline_sleep"]
+    names += ["single_gpu"]
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("which", nargs="*", choices=[*names, []], default=[], metavar="NAME", help=", ".join(names))
     parser.add_argument("--blocks", type=int, help="timed blocks of each contestant")
@@ -154,7 +161,7 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "9"}  # one thread; the profiler keeps quiet
     check_contestants(chosen.contestant)
-    from tools.bench import data_parallel, overhead, pipeline, pipeline_sleep, sharded, tensor
+    from tools.bench import data_parallel, overhead, pipeline, pipeline_sleep, sharded, single_gpu, tensor
 
     benchmarks: dict[str, Callable[[], Any]] = {
         "overhead": lambda: overhead.run(chosen.blocks, chosen.case),
@@ -164,6 +171,7 @@ def main() -> None:
         "tensor": lambda: tensor.run(chosen.blocks, chosen.case, chosen.contestant),
         "pipeline": lambda: pipeline.run(chosen.blocks, chosen.case, chosen.contestant),
         "pipeline_sleep": lambda: pipeline_sleep.run(chosen.blocks, chosen.case),
+        "single_gpu": lambda: single_gpu.run(chosen.blocks, chosen.contestant),
     }
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen.which or names:

@@ -148,6 +148,11 @@ class _Server:
         self._cpu = time.process_time()
         return seconds, loss, idle
 
+    def peak(self, _: int) -> int:
+        """Bytes of tensors on the device at the fullest moment so far, as the contestant tells."""
+        peak: Callable[[], int] = getattr(self._contestant, "peak")  # noqa: B009
+        return peak()
+
     def resident(self, _: int) -> int:
         """Bytes by which this process grew at its largest since before the contestant was built."""
         return _status("VmHWM") - self._before
