@@ -61,8 +61,8 @@ class Options(camshaft.Options):
     strict: bool = False
     """A recompilation or a graph break after the first compiled window ends the run, instead of a warning."""
     cache_dir: str | None = None
-    """Folder for compiled code, which later runs reuse; the environment's TORCHINDUCTOR_CACHE_DIR comes first, and
-    absent both it is torch's own."""
+    """Folder for compiled code, which later runs reuse; absent, the environment's TORCHINDUCTOR_CACHE_DIR, else one of
+    torch's own."""
 
 
 class Plugin(camshaft.Plugin):
@@ -113,8 +113,8 @@ class Plugin(camshaft.Plugin):
 
     @camshaft.hookimpl
     def inert(self, state: State) -> str | None:
-        """Nothing is compiled where a process runs one step only."""
-        if state.world.total_steps <= state.step and not (self._blocks and self._blocks.compiled):
+        """The first step never is compiled."""
+        if state.world.total_steps == 1:
             return "the run has one step, which is never compiled"
         return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Module
 
-from camshaft.errors import Problem, RecipeError
+from camshaft.errors import CamshaftError, Problem, RecipeError
 
 if TYPE_CHECKING:
     from camshaft.state import World
@@ -34,12 +34,14 @@ class Blocks:
         self.names = chosen(options, model, self._key)
         self._modules = [model.get_submodule(name) for name in self.names]
         if options.backend == "inductor" and options.cache_dir is not None:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", options.cache_dir)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = options.cache_dir  # torch itself sets it, so being set says nothing
         _quieten()
         self._before = [vars(module).get("forward") for module in self._modules]
         self._inside = {name: _marks(module) for name, module in zip(self.names, self._modules, strict=True)}
-        for module in self._modules:
-            module.forward = self._forward(module.forward, arguments(options))
+        for name, module, own in zip(self.names, self._modules, self._before, strict=True):
+            # What recomputes is one graph or nothing: torch's selective checkpoints outside of one hold results that
+            # exchanges between ranks then overwrite.
+            module.forward = self._forward(name, module.forward, arguments(options, whole=own is not None))
         world.pieces.update(self.names)
 
     @property
@@ -71,6 +73,13 @@ class Blocks:
                         )
                     )
 
+    def _uncompilable(self, name: str, error: Exception) -> CamshaftError:
+        return CamshaftError(
+            f"'{name}' cannot be compiled as one graph: {error}\n"
+            f"Choose smaller modules with {self._key}.modules, set {self._key}.fullgraph=false if it is true, or "
+            f"train uncompiled with {self._key}=null"
+        )
+
     def close(self) -> None:
         """Give the modules the forwards back that they had."""
         self._running = False
@@ -80,29 +89,36 @@ class Blocks:
                 module.forward = before
         self._modules, self._before = [], []
 
-    def _forward(self, inner: Call, named: dict[str, Any]) -> Call:
+    def _forward(self, name: str, inner: Call, named: dict[str, Any]) -> Call:
         compiled: Call = torch.compile(inner, **named)
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
-            return (compiled if self._running else inner)(*arguments, **keywords)
+            if not self._running:
+                return inner(*arguments, **keywords)
+            try:
+                return compiled(*arguments, **keywords)
+            except Exception as error:
+                if not type(error).__module__.startswith("torch._dynamo"):
+                    raise
+                raise self._uncompilable(name, error) from error
 
         return forward
 
 
 def _quieten() -> None:
-    """Torch warns of what its own tracing does: it looks for gradients of inputs that cannot have one, and makes
-    instances of autograd functions. Nobody can change anything there.
+    """Torch warns of what its own compiler does: it looks for gradients of inputs that cannot have one, and uses parts
+    of torch that are deprecated. Nobody can change anything there.
     """
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch")
-    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning, "torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 
 
-def arguments(options: Options) -> dict[str, Any]:
-    """Those of ``torch.compile``."""
+def arguments(options: Options, *, whole: bool = False) -> dict[str, Any]:
+    """Those of ``torch.compile``; ``whole``: graph breaks are errors in any case."""
     named: dict[str, Any] = {
         "backend": options.backend,
         "dynamic": options.dynamic,
-        "fullgraph": options.fullgraph,
+        "fullgraph": options.fullgraph or whole,
     }
     if options.backend == "inductor":
         named["mode"] = "reduce-overhead" if options.cuda_graphs else options.mode

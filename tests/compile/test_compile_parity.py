@@ -12,6 +12,19 @@ CASES = {
     "tp": (2, {"tensor_parallel": {}}, {"parallel": {"tensor_parallel": 2}}),
     "tp + sp": (2, {"tensor_parallel": {"sequence_parallel": True}}, {"parallel": {"tensor_parallel": 2}}),
     "1f1b": (2, {"pipeline": {"schedule": "1f1b"}}, {"parallel": {"pipeline_parallel": 2}}),
+    "recompute": (1, {"recompute": {"mode": "full"}}, {}),
+    "recompute, zero 3": (2, {"ddp": None, "zero": {"stage": 3}, "recompute": {"mode": "full"}}, {}),
+    "selective": (1, {"recompute": {"mode": "selective"}}, {}),
+    "recompute, tp": (
+        2,
+        {"tensor_parallel": {}, "recompute": {"mode": "full"}},
+        {"parallel": {"tensor_parallel": 2}},
+    ),
+    "selective, tp": (
+        2,
+        {"tensor_parallel": {}, "recompute": {"mode": "selective"}},
+        {"parallel": {"tensor_parallel": 2}},
+    ),
     "deepspeed 2": (2, {"ddp": None, "deepspeed": {"stage": 2}}, {}),
 }
 
@@ -20,7 +33,7 @@ CASES = {
 def test_numbers_of_the_uncompiled_run(case, make_recipe, tmp_path):
     ranks, plugins, sections = CASES[case]
     compute = "fp32" if case.startswith("deepspeed") else "fp64"
-    bounds = EXACT if compute == "fp64" else {key: 1e-5 for key in EXACT}
+    bounds = EXACT if compute == "fp64" else dict.fromkeys(EXACT, 1e-05)
     plain = run(recipe(make_recipe, ranks, plugins=plugins, compute=compute, **sections), ranks)
     seen = Seen(tmp_path / "seen")
     compiled = run(

@@ -1,0 +1,152 @@
+"""What cannot be compiled is refused before anything runs, with a fix."""
+
+import os
+import sysconfig
+
+import pytest
+import torch
+from compile_cases import TRACED, recipe, run
+from torch import nn
+
+from camshaft.errors import RecipeError
+from camshaft.plugin import Plugin, hookimpl
+from camshaft.recipe import check
+from camshaft.testing.ranks import RankFailed
+from camshaft_compile import Options, rules
+from camshaft_compile.blocks import arguments, chosen
+
+
+def problems(resolved, ranks=1, device="cpu"):
+    return [str(problem) for problem in check(resolved, ranks, device=device).problems]
+
+
+PIPELINE = {"parallel": {"pipeline_parallel": 2}}
+REFUSED = {
+    "no cuda": (1, {"cuda_graphs": True}, {}, {}, "this run is on a CPU", "cuda_graphs=false"),
+    "no inductor": (1, {**TRACED, "mode": "default"}, {}, {}, "only inductor reads 'mode'", "backend=inductor"),
+    "zero bubble": (2, TRACED, {"pipeline": {"schedule": "zb_h1"}}, PIPELINE, "weight products", "schedule=1f1b"),
+    "deepspeed 3": (2, TRACED, {"ddp": None, "deepspeed": {"stage": 3}}, {}, "hooks on every module", "stage=2"),
+    "async": (
+        2,
+        TRACED,
+        {"tensor_parallel": {"sequence_parallel": True, "async": True}},
+        {"parallel": {"tensor_parallel": 2}},
+        "between products",
+        "async=false",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_validate_says_what_and_how_to_change_it(case, make_recipe):
+    ranks, options, plugins, sections, reason, fix = REFUSED[case]
+    compute = "fp32" if case.startswith("deepspeed") else "fp64"
+    found = problems(recipe(make_recipe, ranks, options, plugins=plugins, compute=compute, **sections), ranks)
+    assert len(found) == 1 and reason in found[0] and fix in found[0], found
+
+
+def test_cuda_graphs_are_refused_where_shapes_change_or_microbatches_overlap(make_recipe):
+    for options, sections, reason in (
+        ({"cuda_graphs": True, "dynamic": True}, {}, "one shape"),
+        ({"cuda_graphs": True}, PIPELINE, "several microbatches"),
+        ({"cuda_graphs": True, "mode": "max-autotune-no-cudagraphs"}, {}, "says that there are no CUDA graphs"),
+    ):
+        plugins = {"pipeline": {"schedule": "1f1b"}} if sections else {}
+        resolved = recipe(make_recipe, 2 if sections else 1, options, plugins=plugins, **sections)
+        found = [each for each in problems(resolved, 2 if sections else 1, "any") if "cuda_graphs" in each]
+        assert len(found) == 1 and reason in found[0]
+
+
+def test_a_machine_without_a_compiler_is_told_so(make_recipe, monkeypatch, tmp_path):
+    resolved = recipe(make_recipe, 1, {})
+    assert problems(resolved) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    (found,) = problems(resolved)
+    assert "C++ compiler" in found and "'g++'" in found and "plugins.compile=null" in found
+    assert problems(resolved, device="any") == []
+    tool = tmp_path / "c++"
+    tool.write_text("#!/bin/sh\n")
+    os.chmod(tool, 0o755)
+    monkeypatch.setenv("CXX", str(tool))
+    assert problems(resolved) == []
+    assert "C compiler" in rules.missing_tools("cuda")
+    with pytest.raises(RecipeError):
+        monkeypatch.delenv("CXX")
+        check(resolved, 1, device="cpu").require()
+
+
+def test_a_python_without_headers_is_told_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in rules.missing_tools("cpu")
+
+
+class Tree(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+
+
+def test_modules_are_chosen_by_globs_of_levels():
+    assert chosen(Options(modules=["blocks.*"]), Tree(), "k") == ["blocks.0", "blocks.1"]
+    assert chosen(Options(modules=["blocks.*.0"]), Tree(), "k") == ["blocks.0.0", "blocks.1.0"]
+    for modules, reason in (
+        (["block.*"], "matches no module"),
+        (["blocks.0", "blocks.0.1"], "inside of"),
+        ([], "does not tell what its layers are"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            chosen(Options(modules=modules), Tree(), "k")
+
+
+def test_options_reach_torch():
+    assert arguments(Options(cuda_graphs=True))["mode"] == "reduce-overhead"
+    assert arguments(Options())["mode"] == "default"
+    assert "mode" not in arguments(Options(backend="eager"))
+    assert arguments(Options(), whole=True)["fullgraph"] and not arguments(Options())["fullgraph"]
+
+
+class Late(Plugin):
+    """Puts a hook inside of a compiled layer."""
+
+    @hookimpl
+    def bind(self, state):
+        state.model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def test_hooks_that_come_later_are_refused(make_recipe):
+    with pytest.raises(RankFailed, match=r"hook or a forward on 'model.layers.1.mlp'"):
+        run(recipe(make_recipe, 1, TRACED), 1, {"late": Late()})
+
+
+def test_units_inside_of_a_compiled_layer_are_refused(make_recipe):
+    plugins = {"ddp": None, "zero": {"stage": 3, "units": ["model.layers.*.mlp"]}}
+    with pytest.raises(RankFailed, match=r"is a unit inside of 'model.layers.0'"):
+        run(recipe(make_recipe, 2, TRACED, plugins=plugins), 2)
+
+
+def test_one_graph_or_none_with_fullgraph(make_recipe):
+    resolved = recipe(make_recipe, 1, {"backend": "aot_eager", "fullgraph": True})
+    with pytest.raises(RankFailed, match=r"(?s)cannot be compiled as one graph.*fullgraph=false"):
+        run(resolved, 1, {"broken": Breaking()})
+
+
+class Breaking(Plugin):
+    """Owns ``build_model``: a layer breaks its graph."""
+
+    @hookimpl
+    def build_model(self, config, world):
+        from camshaft.models.llama import Llama
+
+        model = Llama(config, world.ops)
+        model.model.layers[0].mlp.register_forward_pre_hook(_break)
+        return model
+
+
+def _break(module, arguments):
+    torch._dynamo.graph_break()
+
+
+def test_one_step_compiles_nothing(make_recipe):
+    with pytest.raises(RankFailed, match="the run has one step, which is never compiled"):
+        run(recipe(make_recipe, 1, TRACED, training={"max_steps": 1, "log_every": 1}), 1)
