@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tools.bench import __main__ as command
-from tools.bench import pipeline, pipeline_sleep, sharded, tensor
+from tools.bench import pipeline, pipeline_sleep, sharded, single_gpu, tensor
 from tools.bench.setup import Case
 from tools.bench.sharded import LOSS_GAP
 from tools.bench.sleeping import Naps
@@ -83,3 +83,15 @@ def test_unknown_names_of_contestants_are_refused():
     with pytest.raises(SystemExit, match="no contestant"):
         command.check_contestants(["Camshaft", "torhc"])
     command.check_contestants(["Camshaft", "torch", "DDP", "tensor"])
+
+
+def test_one_device_beside_plain_pytorch(monkeypatch):
+    """Without a GPU it runs a tiny model; nothing is compiled here, and both have the same losses."""
+    monkeypatch.setattr(single_gpu, "FASTEST", {})
+    names = [single_gpu.OURS, single_gpu.EAGER]
+    found = single_gpu.run(1, names)
+    ours, plain = found["rows"]
+    assert [ours["contestant"], plain["contestant"]] == names
+    assert abs(ours["loss"] / plain["loss"] - 1) < 2e-3, "not the same work"
+    assert [target["what"] for target in found["targets"]] == ["speed over PyTorch's best"]
+    assert "| tiny | PyTorch |" in "\n".join(single_gpu.table(found))
