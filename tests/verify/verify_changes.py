@@ -132,7 +132,7 @@ def half_back(right):
 def mean_of_means(right):
     def begin(executor, action):
         live, gradient = right(executor, action)
-        return live, None if gradient is None or live.loss is None else gradient / 4
+        return live, gradient if live.loss is None else gradient / 4
 
     return begin
 

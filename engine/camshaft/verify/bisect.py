@@ -25,7 +25,8 @@ def blame(bench: Bench, sign: Sign) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The plugins to blame for ``sign``, and the smallest set that still shows something wrong, in recipe order.
 
     A plugin is taken away with the axes that it alone works along; what remains trains the same windows. One whose
-    removal is not legal stays. The set is minimal: without any one of its members the numbers are right.
+    removal is not legal stays; in the place of the optimizer there is another one. The set is minimal: without any one
+    of its members the numbers are right.
     """
     left = list(bench.sorted.all)
     for name in _order(bench):
@@ -56,12 +57,6 @@ def _named(bench: Bench, sign: Sign, smallest: Sequence[str]) -> tuple[str, ...]
     if isinstance(sign, Failure) and sign.plugin in smallest:
         return (sign.plugin,)
     maker = bench.owners.get(MAKERS.get(sign.quantity, ""), "") if isinstance(sign, Deviation) else ""
-    if maker in smallest and _removable(bench, maker):
+    if maker in smallest:
         return (maker,)
-    compared = tuple(name for name in smallest if name in bench.sorted.compared)
-    return compared or tuple(name for name in smallest if _removable(bench, name))
-
-
-def _removable(bench: Bench, name: str) -> bool:
-    """Whether it was tried what happens without ``name``; a recipe must have an optimizer."""
-    return name != bench.owners.get("optimizer")
+    return tuple(name for name in smallest if name in bench.sorted.compared) or tuple(smallest)

@@ -17,7 +17,7 @@ from camshaft.verify.judge import BOUNDS, Comparison, Deviation, compare
 from camshaft.verify.record import Recording
 from camshaft.verify.runs import Failure, Outcome, Unequal, run
 from camshaft.verify.shrink import Small, shrink
-from camshaft.verify.sorting import TRAINING, Sorted, full_world, sort
+from camshaft.verify.sorting import TRAINING, Sorted, another_optimizer, full_world, sort
 from camshaft.verify.textbook import Textbooks
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Bench:
         self.bounds = BOUNDS[small.compute]
         self.trials = 0
         self._plain: dict[tuple[str, ...], Outcome] = {}
+        self._stand_in: str | None = None
 
     def plain(self, kept: Sequence[str]) -> Outcome:
         """One process with plugins ``kept`` alone, the whole window at once.
@@ -89,13 +90,17 @@ class Bench:
         return self._plain[key]
 
     def look(self, names: Sequence[str]) -> Deviation | Failure | Unequal | Comparison:
-        """What plugins ``names`` make of the numbers of one plain process.
+        """What plugins ``names`` make of the numbers of one plain process; without an optimizer, of another one.
 
         Raises:
             RecipeError: they are not legal together.
         """
         self.trials += 1
         kept = [name for name in self.sorted.kept if name in names]
+        if self.owners["optimizer"] not in names:
+            self._stand_in = self._stand_in or another_optimizer(self.owners["optimizer"])
+            self.small = replace(self.small, sections={**self.small.sections, self._stand_in: {"lr": 0.01}})
+            names, kept = [*names, self._stand_in], [*kept, self._stand_in]
         degrees = self.sorted.left_alone(names, self.small.degrees)
         resolved, ranks = self.small.arrange(names, degrees, f"trial{self.trials}")
         own = self.sorted.precision in names

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from camshaft.errors import CamshaftError
 from camshaft.meter import global_sums
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.state import Policy, State, World
@@ -68,6 +70,13 @@ def checksum(value: Tensor | float | None) -> int:
     return zlib.crc32(repr(value).encode())
 
 
+class UnequalCopies(CamshaftError):
+    """Ranks hold other bits of what both have; raised on all of them alike."""
+
+    def __init__(self, place: str, message: str) -> None:
+        super().__init__(f"{place}: {message}")
+
+
 class Recorder(Plugin):
     """Records every step. Registered last: it sees gradients after every other plugin's ``post_reduce``."""
 
@@ -88,14 +97,16 @@ class Recorder(Plugin):
     @hookimpl
     def post_reduce(self, state: State) -> None:
         """Gradients before clipping."""
-        self._gradients = gradients(state.world, state.model)
+        with _copies(state.step + 1, "gradients"):
+            self._gradients = gradients(state.world, state.model)
 
     @hookimpl
     def around_step(self, state: State, call: Callable[[], None]) -> Callable[[], None]:
         """Gradients as the optimizer gets them: this is the innermost."""
 
         def step() -> None:
-            found = gradients(state.world, state.model)
+            with _copies(state.step + 1, "clipped"):
+                found = gradients(state.world, state.model)
             factor = state.gradient_scale
             self._clipped = {
                 name: value if value is None or factor is None else value * factor.to("cpu", value.dtype)
@@ -111,6 +122,10 @@ class Recorder(Plugin):
         assert state.window is not None
         state.world.settle()
         loss, weight = global_sums(state.world, state.loss or 0.0, float(state.window.weight))
+        with _copies(state.step, "weights"):
+            found = weights(state.world, state.model)
+        with _copies(state.step, "optimizer"):
+            kept = optimizer_state(state.world, state.optimizer)
         self.recording.steps.append(
             Step(
                 step=state.step,
@@ -119,11 +134,20 @@ class Recorder(Plugin):
                 clipped=self._clipped,
                 coefficient=_ratio(self._clipped, self._gradients),
                 lr=state.lr,
-                weights=weights(state.world, state.model),
-                optimizer=optimizer_state(state.world, state.optimizer),
+                weights=found,
+                optimizer=kept,
                 loss=loss / max(weight, 1.0),
             )
         )
+
+
+@contextmanager
+def _copies(step: int, quantity: str) -> Iterator[None]:
+    """Say where it was that copies, of which one is to be put together, are not equal."""
+    try:
+        yield
+    except AssertionError as error:
+        raise UnequalCopies(f"step {step}, {quantity}", str(error).splitlines()[0]) from error
 
 
 def _ratio(clipped: Tensors, raw: Tensors) -> float | None:

@@ -13,7 +13,7 @@ from camshaft.loop import session
 from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import RankFailed, run_ranks
 from camshaft.testing.run import Quiet
-from camshaft.verify.record import Dtypes, Recorder, Recording
+from camshaft.verify.record import Dtypes, Recorder, Recording, UnequalCopies
 
 if TYPE_CHECKING:
     from camshaft.plugin import Plugin
@@ -48,10 +48,10 @@ class Unequal:
     """Two ranks that recorded other bits of what both hold: where first, and on which rank."""
 
     place: str
-    rank: int
+    rank: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.place} has other bits on rank {self.rank} than on rank 0"
+        return self.place if self.rank is None else f"{self.place} has other bits on rank {self.rank} than on rank 0"
 
 
 Outcome = Recording | Failure | Unequal
@@ -66,6 +66,9 @@ def run(resolved: Resolved, ranks: int, dtypes: str | None = None, timeout_s: fl
     except RankFailed as error:
         return Failure(None, _brief(str(error)))
     failures = [each for each in found if isinstance(each, Failure)]
+    unequal = [each for each in found if isinstance(each, Unequal)]
+    if unequal:
+        return unequal[0]
     if failures:
         return next((each for each in failures if not each.echo), failures[0])
     first: Recording = found[0]
@@ -83,7 +86,9 @@ def _brief(text: str) -> str:
     return lines[-1] if len(lines) > 3 else "; ".join(lines)
 
 
-def _train(rank: int, world_size: int, resolved: Resolved, dtypes: str | None) -> Recording | dict[str, int] | Failure:
+def _train(
+    rank: int, world_size: int, resolved: Resolved, dtypes: str | None
+) -> Recording | dict[str, int] | Failure | Unequal:
     """All of one rank. Rank 0 returns its recording, the others the checksums of theirs."""
     if resolved.recipe.launch.device == "cuda":
         _meet_again(world_size)
@@ -97,6 +102,8 @@ def _train(rank: int, world_size: int, resolved: Resolved, dtypes: str | None) -
         with session(resolved, environment, RunDirectory(resolved.recipe.run.dir or ""), observers) as trainer:
             recorder.recording.plugins = tuple(trainer.host.plugins)
             trainer.train(quiet, quiet)
+    except UnequalCopies as error:
+        return Unequal(str(error))
     except PluginError as error:
         return Failure(rank, str(error), error.plugin, error.hook)
     except RecipeError as error:

@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from camshaft.host import Host
+from pydantic import ValidationError
+
+from camshaft.errors import PluginError, RecipeError
+from camshaft.host import Host, installed, plugin_class
+from camshaft.plugin import PROJECT
 from camshaft.recipe import check
 from camshaft.recipe.checks import smallest_world
 
@@ -105,3 +109,26 @@ def _axes(plans: Mapping[str, Plan], checked: Checked) -> tuple[dict[str, frozen
         {name: members(plan, reduce=False) for name, plan in plans.items()},
         {name: members(plan, reduce=True) for name, plan in plans.items()},
     )
+
+
+def another_optimizer(name: str) -> str:
+    """An installed plugin beside ``name`` that owns ``optimizer``, works element by element, and keeps least.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    found: list[tuple[float, str]] = []
+    for other in installed():
+        kind = plugin_class(other)
+        if other == name or not hasattr(getattr(kind, "optimizer", None), f"{PROJECT}_impl"):
+            continue
+        try:
+            ((_, ask),) = Host({other: kind(kind.Options.model_validate({"lr": 0.01}))}).implementations("plan")
+            plan = ask(None)
+        except (ValidationError, ValueError, PluginError):  # it needs more than a rate, looks at the recipe, plans nothing
+            continue
+        if "elementwise_optimizer" in plan.provides and not plan.claims:
+            found.append((plan.moments or 0.0, other))
+    if not found:
+        raise RecipeError(f"no installed plugin can stand in for '{name}'")
+    return min(found)[1]
