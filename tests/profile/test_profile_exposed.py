@@ -56,11 +56,12 @@ def test_on_a_device_exposed_is_what_no_other_kernel_covers():
     }
 
 
-def test_on_a_cpu_exposed_is_the_time_that_the_thread_is_blocked():
+def test_on_a_cpu_exposed_is_the_time_that_the_thread_waits_or_starts_something():
     writer = Writer()
     writer.range("camshaft/window", 0, 1000)
     writer.range("gloo:all_reduce", 100, 500, thread=5)
     writer.range("camshaft/start/ddp/post_backward/all_reduce/dp", 100, 110)
+    writer.host("c10d::allreduce_", 102, 107)
     writer.host("aten::mm", 120, 300)  # the sum travels meanwhile
     writer.range("camshaft/wait/ddp/post_backward/all_reduce/dp", 350, 520)
     writer.range("camshaft/blocked", 351, 500)
@@ -69,8 +70,8 @@ def test_on_a_cpu_exposed_is_the_time_that_the_thread_is_blocked():
     writer.host("autograd::engine::evaluate_function: MmBackward0", 600, 800)
     writer.range("camshaft/blocked", 650, 700)  # a hook inside of the backward waits for another library's collective
     found = exposed(writer.trace())
-    assert found.exposed == (149 - 20) + 50
-    assert found.by_owner == {"ddp/post_backward/all_reduce/dp": 129, "another library": 50}
+    assert found.exposed == 5 + (149 - 20) + 50
+    assert found.by_owner == {"ddp/post_backward/all_reduce/dp": 134, "another library": 50}
     assert found.under_way == 400 + 50
 
 

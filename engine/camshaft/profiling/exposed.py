@@ -1,8 +1,9 @@
 """Communication that no computation of the same rank hides.
 
 On a device: times at which a collective's kernel runs and no other kernel does. Copies count as computation: they are
-work that goes on meanwhile. On a CPU: times at which the rank's thread is blocked in the wait for a collective while
-no operation runs on any other thread; what the backend's own threads move beside computation is hidden.
+work that goes on meanwhile. On a CPU: times at which the rank's thread is blocked in the wait for a collective, or busy
+with starting one, while no operation runs on any other thread; what the backend's own threads move beside computation
+is hidden.
 """
 
 from __future__ import annotations
@@ -45,29 +46,35 @@ def _on_device(trace: Trace) -> Exposed:
 
 
 def _on_host(trace: Trace) -> Exposed:
-    waits = [(_owner(each, WAIT), each.interval) for each in trace.host if each.name == BLOCKED]
+    calls = [(_owner(each, WAIT, START), each.interval) for each in trace.host if _communicates(each)]
     moving = [(UNKNOWN, each.interval) for each in trace.travelling]
-    return _sum(trace, waits, [*waits, *moving], _host_work(trace))
+    return _sum(trace, calls, [*calls, *moving], _host_work(trace))
+
+
+def _communicates(each: Slice) -> bool:
+    return each.name == BLOCKED or _NO_COMPUTATION.match(each.name) is not None
 
 
 def _host_work(trace: Trace) -> list[Interval]:
-    """When a thread is inside of an operation, and not blocked there (in a hook that waits, for example)."""
+    """When a thread is inside of an operation, without collectives inside of that (of a hook, for example)."""
     working: dict[Track, list[Interval]] = {}
     blocked: dict[Track, list[Interval]] = {}
     for each in trace.host:
-        if each.name == BLOCKED:
+        if _communicates(each):
             blocked.setdefault(each.track, []).append(each.interval)
-        elif each.category == "cpu_op" and not _NO_COMPUTATION.match(each.name):
+        elif each.category == "cpu_op":
             working.setdefault(each.track, []).append(each.interval)
     spans = (subtract(union(found), union(blocked.get(track, ()))) for track, found in working.items())
     return union(interval for span in spans for interval in span)
 
 
-def _owner(each: Slice | None, prefix: str) -> str:
-    if each is None:
-        return UNKNOWN
-    found = next((one.name for one in each.chain() if one.name.startswith(prefix)), None)
-    return UNKNOWN if found is None else found.removeprefix(prefix)
+def _owner(each: Slice | None, *prefixes: str) -> str:
+    """Label of the range around a slice that says whose collective it is."""
+    for one in () if each is None else each.chain():
+        for prefix in prefixes:
+            if one.name.startswith(prefix):
+                return one.name.removeprefix(prefix)
+    return UNKNOWN
 
 
 def _sum(

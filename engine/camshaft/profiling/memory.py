@@ -17,7 +17,7 @@ from camshaft.profiling.trace import MODULE, PHASE, Allocation, Finder, Slice, T
 PARAMETER, GRADIENT, STATE, ACTIVATION = "parameter", "gradient", "optimizer state", "activation"
 MASTER, BUFFER, TEMPORARY, INPUT, UNKNOWN = "master weight", "buffer", "temporary", "input", "unknown"
 _KIND = {"forward": ACTIVATION, "data": INPUT}
-_NUMBER = re.compile(r"(?<![^. ])\d+(?=[. ]|$)")
+_NUMBER = re.compile(r"(?:^|(?<=\.)|(?<= of ))\d+(?=[. ]|$)")
 POINTS = 400
 
 
