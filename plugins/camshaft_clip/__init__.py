@@ -43,7 +43,13 @@ class Plugin(camshaft.Plugin):
         if clipper is None or clipper.parts is not world.parts:  # libraries divide them as late as in their `bind`
             from camshaft_clip.norm import Clipper
 
-            clipper = Clipper(world.parts, self.options.max_norm, master=world.policy.master, device=world.device)
+            clipper = Clipper(
+                world.parts,
+                self.options.max_norm,
+                master=world.policy.master,
+                device=world.device,
+                local=world.ops.grad_norm,
+            )
             self._clipper = clipper
         norm = clipper.norm()
         coefficient = clipper.coefficient(norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from camshaft.parts import Part, Parts
 
+Norm = Callable[[list[Tensor]], Tensor]
 Spans = tuple[tuple[int, int, int], ...]
 """(begin, end, copies) of each stretch of a part's flattened tensor whose elements have equally many copies."""
 
@@ -19,10 +20,20 @@ class Clipper:
     """Clips the gradients of ``parts``.
 
     ``master`` is the dtype of the norm where ranks agree on it, and ``device`` where it lies: ranks without any part
-    cannot tell. ``max_norm`` None: nothing is changed.
+    cannot tell. ``max_norm`` None: nothing is changed. ``local``: another implementation of the L2 norm over tensors of
+    one dtype and device that are here.
     """
 
-    def __init__(self, parts: Parts, max_norm: float | None, *, master: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        max_norm: float | None,
+        *,
+        master: torch.dtype,
+        device: torch.device,
+        local: Norm | None = None,
+    ) -> None:
+        self._local = local or _local_norm
         self.parts, self._max_norm, self._device = parts, max_norm, device
         self._wide = torch.float64 if master == torch.float64 else torch.float32
         self._version = -1
@@ -68,7 +79,7 @@ class Clipper:
             return self._norm_here([tensor.grad for tensor in self.parts.tensors if tensor.grad is not None])
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for copies, members in self._by_copies().items():
-            total += _square(members).div_(copies)
+            total += _square(members, self._local).div_(copies)
         everyone.all_reduce(total, "clip").wait()
         return total.sqrt().to(self._wide)
 
@@ -76,9 +87,9 @@ class Clipper:
         if not gradients:
             return torch.zeros((), device=self._device)
         if len({_layout(gradient) for gradient in gradients}) == 1 and not isinstance(gradients[0], DTensor):
-            return _local_norm(gradients)
+            return self._local([*gradients])
         wide = any(gradient.dtype == torch.float64 for gradient in gradients)
-        return _square(gradients).sqrt().to(torch.float64 if wide else torch.float32)
+        return _square(gradients, self._local).sqrt().to(torch.float64 if wide else torch.float32)
 
     def _by_copies(self) -> dict[int, list[Tensor]]:
         """Gradients, or stretches of them, by how many ranks hold the same."""
@@ -105,16 +116,16 @@ def _spans(part: Part) -> Iterator[tuple[int, int, int]]:
         yield pieces[0].place, pieces[-1].place + pieces[-1].length, copies
 
 
-def _square(gradients: Iterable[Tensor]) -> Tensor:
+def _square(gradients: Iterable[Tensor], local: Norm) -> Tensor:
     """Square of the norm, fp64; of DTensors over all their shards."""
     layouts: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         layouts.setdefault(_layout(gradient), []).append(gradient)
-    return torch.stack([_reduced_square(members) for members in layouts.values()]).sum()
+    return torch.stack([_reduced_square(members, local) for members in layouts.values()]).sum()
 
 
-def _reduced_square(members: Sequence[Tensor]) -> Tensor:
-    square = _local_norm([_local(member) for member in members]).double().square()
+def _reduced_square(members: Sequence[Tensor], local: Norm) -> Tensor:
+    square = local([_local(member) for member in members]).double().square()
     first = members[0]
     if isinstance(first, DTensor):
         for axis, placement in enumerate(first.placements):

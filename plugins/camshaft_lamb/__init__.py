@@ -4,8 +4,10 @@ A parameter's update is scaled to a length of its own, ||w|| / ||u||, which lets
 biases are exempt by default, as in the paper's experiments: they get Adam's step and no decay.
 
 Invariant: the norms are those of whole parameters, whatever lies where; a ratio is equal in every bit on all ranks that
-hold a piece. Memory: two values a parameter in the master dtype, and one more during the step. Traffic of a step: two
-fp64 numbers for each parameter (not element), in one all-reduce. Requires ``parameter_sums``; claims nothing.
+hold a piece. Another implementation of the arithmetic (``world.ops.updates``) is taken where every parameter is whole
+here, ``max_ratio`` is null, and exactly what decays has a ratio. Memory: two values a parameter in the master dtype,
+and one more during the step. Traffic of a step: two fp64 numbers for each parameter (not element), in one all-reduce.
+Requires ``parameter_sums``; claims nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Plugin(camshaft.Plugin):
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:
         """Two groups of what is updated: with decay and ratio, and norms and biases."""
-        from camshaft_lamb.optimizer import Lamb
+        from camshaft_lamb.optimizer import Lamb, may_be_fused
 
         names = [name for name, _ in model.named_parameters()]
-        return Lamb(world.parts, names, world.device, self.options)
+        update = world.ops.updates.get("lamb") if may_be_fused(world.parts, self.options) else None
+        return Lamb(world.parts, names, world.device, self.options, update)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from camshaft.models.groups import decay_groups
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from camshaft_lamb import Options
 
 
+def may_be_fused(parts: Parts, options: Options) -> bool:
+    """Whether LAMB's arithmetic may be another implementation's: that of You et al. for whole tensors, without a limit,
+    with a ratio for exactly those that decay.
+    """
+    alone = all(channel is None or channel.size == 1 for channel in (parts.channel, parts.holders))
+    plain = options.max_ratio is None and options.exempt_vectors and options.weight_decay > 0
+    return plain and alone and all(part.whole and not isinstance(part.tensor, DTensor) for part in parts)
+
+
 class Lamb(Optimizer):
     """You et al., arXiv:1904.00962, algorithm 2, with bias correction.
 
@@ -24,7 +34,14 @@ class Lamb(Optimizer):
     are those of the model's parameters, in one order on all ranks. Construction and steps are collective.
     """
 
-    def __init__(self, parts: Parts, names: Sequence[str], device: torch.device, options: Options) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        names: Sequence[str],
+        device: torch.device,
+        options: Options,
+        update: Callable[..., None] | None = None,
+    ) -> None:
         groups = decay_groups(parts, options.weight_decay)
         roles = {id(part.tensor): part.role for part in parts}
         for group in groups:
@@ -34,10 +51,14 @@ class Lamb(Optimizer):
         super().__init__(groups, {"lr": options.lr, "betas": (beta1, beta2), "eps": options.eps})
         self._parts, self._max_ratio = parts, options.max_ratio
         self._sums = ParameterSums(parts, names, device)
+        self._update = update
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # the engine gives no closure
         """Update every part that has a gradient. Ranks that have none take part in the sums all the same."""
+        if self._update is not None:
+            self._fused(self._update)
+            return
         groups = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         updates: dict[Part, Tensor] = {}
         for group in self.param_groups:
@@ -55,6 +76,20 @@ class Lamb(Optimizer):
             if chosen:
                 tensors, directions = zip(*chosen, strict=True)
                 torch._foreach_add_(tensors, directions, alpha=-group["lr"])
+
+    def _fused(self, update: Callable[..., None]) -> None:
+        """One call for each group and number of step."""
+        for group in self.param_groups:
+            by_step: dict[int, list[Tensor]] = {}
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    state = self._state_of(tensor)
+                    state["step"] += 1
+                    by_step.setdefault(int(state["step"]), []).append(tensor)
+            options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            for step, tensors in by_step.items():
+                moments = [[self.state[tensor][key] for tensor in tensors] for key in ("exp_avg", "exp_avg_sq")]
+                update(tensors, [tensor.grad for tensor in tensors], *moments, step, **options, scale=None)
 
     def _ratios(self, updates: dict[Part, Tensor]) -> Tensor:
         """Trust ratio of each parameter, fp64; 1 where either norm is 0."""
