@@ -19,7 +19,7 @@ SOURCES = {
     path.relative_to(ROOT / top).as_posix()
     for top in ("engine", "plugins")
     for path in (ROOT / top).rglob("*")
-    if path.suffix == ".py" or path.name == "py.typed"
+    if path.suffix in (".py", ".in", ".yaml", ".json") or path.name == "py.typed"
 }
 
 

@@ -1,0 +1,140 @@
+"""``camshaft new-plugin``: what it writes is installed, keeps its promises and trains, without an edit; each kind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from camshaft import scaffold
+from camshaft.cli import run
+from camshaft.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
+RULES = ["--isolated", "--line-length=120", "--select=E,F,W,I,UP,B,RUF", "--ignore=RUF012"]
+
+
+class Workshop:
+    """Camshaft as its wheel has it, packages that its command wrote, and a folder that they are installed in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.site, self.camshaft = folder, folder / "site", folder / "camshaft"
+        command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        (wheel,) = folder.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(self.camshaft)
+
+    def make(self, kind: str) -> Path:
+        """Write and install a package of ``kind``; returns its folder."""
+        folder = self.folder / f"camshaft-our-{kind}"
+        if not folder.exists():
+            command = ["-m", "camshaft", "new-plugin", f"our_{kind}", "--kind", kind, "--into", str(self.folder)]
+            self.python(*command, path=[self.camshaft])
+            install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+            self.python(*install, "--target", str(self.site), "--upgrade", str(folder), path=[])
+        return folder
+
+    def python(self, *arguments: str, path: list[Path], cwd: Path | None = None) -> str:
+        """Run Python and return what it said."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd or self.folder, env=environment, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def test_there_is_a_template_for_each_kind() -> None:
+    assert tuple(scaffold.kinds()) == KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_conformance_tests_pass(workshop: Workshop, kind: str) -> None:
+    folder = workshop.make(kind)
+    said = workshop.python("-m", "pytest", "-v", "-p", "no:cacheprovider", path=[workshop.site], cwd=folder)
+    assert re.search(r"\b1[123] passed\b", said) and "skipped" not in said, said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_recipe_trains_on_two_ranks(workshop: Workshop, kind: str) -> None:
+    folder = workshop.make(kind)
+    run_folder = workshop.folder / f"run-{kind}"
+    places = [f"run.dir={run_folder}", f"data.cache_dir={workshop.folder / 'cache'}", "training.max_steps=3"]
+    workshop.python("-m", "camshaft", "train", "recipe.yaml", *places, path=[workshop.site], cwd=folder)
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    assert '"progress/global_step": 3' in lines[-1] and '"train/loss": ' in lines[-1]
+    used = yaml.safe_load((folder / "recipe.yaml").read_text())["plugins"]
+    assert f"our_{kind}" in used or used["pipeline"] == {"schedule": "our_schedule"}
+    if kind == "observer":
+        assert '"step": 3' in (run_folder / "our_observer.json").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_formatted_typed_and_described(tmp_path: Path, kind: str) -> None:
+    folder = scaffold.write(scaffold.Request(f"our_{kind}", kind), tmp_path)
+    binaries = Path(sys.executable).parent
+    for command in (
+        [binaries / "ruff", "check", *RULES, "."],
+        [binaries / "ruff", "format", "--isolated", "--line-length=120", "--check", "."],
+        [binaries / "mypy", "--strict", f"camshaft_our_{kind}"],
+    ):
+        path = os.pathsep.join(str(ROOT / top) for top in ("engine", "plugins"))
+        environment = {**os.environ, "MYPYPATH": path, "MYPY_CACHE_DIR": str(tmp_path.parent / "mypy")}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    texts = [path.read_text() for path in folder.rglob("*") if path.is_file()]
+    assert not any("@@" in text for text in texts), "a place that was not filled"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["name"] == f"camshaft-our-{kind}" and len(project["entry-points"]) == 1
+    assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    workflow = yaml.safe_load((folder / ".github" / "workflows" / "test.yml").read_text())
+    assert {"run": "pytest"} in workflow["jobs"]["test"]["steps"]
+
+
+def test_what_exists_is_never_touched(tmp_path: Path) -> None:
+    folder = scaffold.write(scaffold.Request("mine", "observer", "mit"), tmp_path)
+    assert "MIT License" in (folder / "LICENSE").read_text()
+    kept = folder / "camshaft_mine" / "__init__.py"
+    kept.write_text("# edited\n")
+    with pytest.raises(RecipeError, match="exists already, and nothing is overwritten"):
+        scaffold.write(scaffold.Request("mine", "reducer"), tmp_path)
+    assert kept.read_text() == "# edited\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Best-Loss", "take lower-case letters, digits and underscores, for example 'best_loss'"),
+        ("2fast", "no name of a plugin"),
+        ("../up", "no name of a plugin"),
+        ("é", "no name of a plugin"),
+        ("lambda", "a word of Python's own"),
+        ("match", "a word of Python's own"),
+        ("zero", "a plugin called 'zero' is installed already"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        scaffold.write(scaffold.Request(name, "observer"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["new-plugin", "mine", "--kind", "observer", "--into", str(tmp_path)]) == 0
+    assert f"pytest {tmp_path / 'camshaft-mine'}" in capsys.readouterr().out
+    assert run(["new-plugin", "mine", "--kind", "tracker", "--into", str(tmp_path)]) == 2
+    assert "there is no kind 'tracker': use one of observer, reducer" in capsys.readouterr().err
