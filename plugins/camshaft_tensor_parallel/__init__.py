@@ -127,9 +127,11 @@ class Plugin(camshaft.Plugin):
 
     @hookimpl
     def reduce_parts(self) -> None:
-        """Sum the gradients of copies that each rank computed a part of."""
+        """Sum the gradients of copies that each rank computed a part of; no forward of this window is run again."""
         for copies in self._copies:
             copies.sum()
+        assert self._sharding is not None
+        self._sharding.end_window()
 
     @hookimpl
     def close(self) -> None:

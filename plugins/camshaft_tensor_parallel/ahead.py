@@ -13,8 +13,9 @@ from camshaft_tensor_parallel.overlap import divides, enter
 
 
 class Ahead:
-    """One region. Its first forward tells which of ``layers`` multiply the region's input itself; from then on these
-    products are made by the gather, and the layers hand them over when they are called.
+    """One region. Its forwards in a window tell which of ``layers`` multiply the region's input itself; from the next one
+    on these products are made by the gather, and the layers hand them over when they are called. Within a window every
+    forward does the same, so that one which is run again does what it did.
 
     Hooks before a layer's forward run before the gather too (a parameter may be on its way). Layers on which there are
     hooks of other kinds, and batches that ranks share unevenly, go without overlap.
@@ -23,7 +24,8 @@ class Ahead:
     def __init__(self, inner: Callable[..., Any], layers: Sequence[nn.Module], line: Line) -> None:
         self._inner, self._layers, self._line = inner, tuple(layers), line
         self._seen: set[nn.Module] = set()
-        self._learned = self._asking = False
+        self._known: frozenset[nn.Module] = frozenset()
+        self._asking = False
         self._whole: Tensor | None = None
         self._made: dict[nn.Module, Tensor] = {}
         self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -33,7 +35,7 @@ class Ahead:
     def forward(self, hidden: Tensor, *rest: Any, **named: Any) -> Any:
         """The region's forward on this rank's tokens."""
         hidden = narrow(hidden)
-        layers = self._free() if self._learned and divides(self._line) else ()
+        layers = self._free() if self._known and divides(self._line) else ()
         if layers:
             self._whole = self._products(hidden, layers)
             self.overlapped += 1
@@ -42,7 +44,11 @@ class Ahead:
         try:
             return self._inner(self._whole, *rest, **named)
         finally:
-            self._whole, self._made, self._learned = None, {}, True
+            self._whole, self._made = None, {}
+
+    def end_window(self) -> None:
+        """Take what was learned into use."""
+        self._known = frozenset(self._seen)
 
     def layer(self, layer: Any) -> Callable[[Tensor], Tensor]:
         """A forward for ``layer``, of this region."""
@@ -64,7 +70,7 @@ class Ahead:
         return tuple(
             layer
             for layer in self._layers
-            if layer in self._seen
+            if layer in self._known
             and not (layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
             and vars(layer).get("forward") is self._forwards[layer]  # nobody has put another one there
         )

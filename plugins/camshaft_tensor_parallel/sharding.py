@@ -52,6 +52,11 @@ class Sharding:
             for count in sorted(set(self.partial.values()))
         )
 
+    def end_window(self) -> None:
+        """Regions may do from now on what they learned."""
+        for each in self._installed.ahead:
+            each.end_window()
+
     def close(self) -> None:
         """Undo what was put on modules."""
         self._installed.close()
