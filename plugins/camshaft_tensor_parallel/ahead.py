@@ -13,7 +13,7 @@ from camshaft_tensor_parallel.overlap import divides, enter
 
 
 class Ahead:
-    """One region. Its forwards in a window tell which of ``layers`` multiply the region's input itself; from the next one
+    """One region. Forwards of a window tell which of ``layers`` multiply the region's input itself; from the next one
     on these products are made by the gather, and the layers hand them over when they are called. Within a window every
     forward does the same, so that one which is run again does what it did.
 
