@@ -1,9 +1,12 @@
-"""Which dtypes go together. Pure, without torch."""
+"""Which dtypes go together, and where. Without torch."""
 
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 import camshaft
@@ -16,7 +19,9 @@ BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def computes(options: Options) -> str:
-    """Dtype of matrix products as far as the options tell; ``auto`` where the device decides."""
+    """Dtype of matrix products as far as the options tell, of those beside fp8 too; ``auto`` where the device decides."""
+    if options.compute == "fp8":
+        return "bf16"
     narrow = options.parameters in NARROW
     return options.parameters if options.compute == "auto" and narrow and options.parameters else options.compute
 
@@ -26,18 +31,19 @@ def scales(options: Options) -> bool:
     return computes(options) == "fp16"
 
 
-def widths(options: Options) -> camshaft.Widths:
-    """Bytes of an element of each kind. Where ``auto`` leaves the dtype of products to the device, the wide one counts:
-    it changes none of the others.
+def widths(options: Options, device: str = "any") -> camshaft.Widths:
+    """Bytes of an element of each kind. Where ``auto`` leaves the dtype of products to the device, the wide one counts,
+    but on CUDA: it changes none of the others.
     """
     wide = "fp64" if options.compute == "fp64" else "fp32"
     param = options.parameters or wide
+    usual = "bf16" if device == "cuda" and computes(options) == "auto" else wide
     return camshaft.Widths(
         param=BYTES[param],
         gradient=BYTES[options.gradients or param],
         reduce=BYTES[options.reduce or wide],
         master=BYTES[wide],
-        compute=BYTES.get(computes(options), BYTES[wide]),
+        compute=BYTES.get(computes(options), BYTES[usual]),
     )
 
 
@@ -46,6 +52,78 @@ def problems(options: Options, key: str) -> Iterator[camshaft.Problem]:
     yield from _of_parameters(options, key)
     yield from _of_gradients(options, key)
     yield from _of_scaling(options, key)
+    yield from _of_fp8(options, key)
+
+
+def _of_fp8(options: Options, key: str) -> Iterator[camshaft.Problem]:
+    chosen = options.fp8
+    if options.compute != "fp8":
+        if "fp8" in options.model_fields_set:
+            yield camshaft.Problem(
+                f"only compute fp8 reads 'fp8', and compute is {options.compute}",
+                key=f"{key}.fp8",
+                fix=f"remove it, or set {key}.compute=fp8",
+            )
+        return
+    if chosen.scaling == "delayed" and chosen.recipe == "rowwise":
+        yield camshaft.Problem(
+            "delayed scaling keeps one scale for each tensor, and rowwise has one for each row",
+            key=f"{key}.fp8.scaling",
+            fix=f"set {key}.fp8.scaling=current, or {key}.fp8.recipe=tensorwise",
+        )
+    if chosen.scaling == "current" and "history" in chosen.model_fields_set:
+        yield camshaft.Problem(
+            "only delayed scaling looks at past windows",
+            key=f"{key}.fp8.history",
+            fix=f"remove it, or set {key}.fp8.scaling=delayed",
+        )
+
+
+def device_problems(options: Options, context: camshaft.PlanContext, key: str) -> Iterator[camshaft.Problem]:
+    """What fp8 needs and this machine or the recipe's other plugins lack."""
+    if options.compute != "fp8":
+        return
+    if context.device == "cpu":
+        yield camshaft.Problem(
+            "fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell), and this run is on a CPU",
+            key=f"{key}.compute",
+            fix=f"set {key}.compute=bf16",
+        )
+    elif context.device == "cuda":
+        old = [each for each in gpus() if each[1] < (8, 9)]
+        if old:
+            name, (major, minor) = old[0]
+            yield camshaft.Problem(
+                f"fp8 needs a GPU of compute capability 8.9 or newer, and {name} has {major}.{minor}",
+                key=f"{key}.compute",
+                fix=f"set {key}.compute=bf16",
+            )
+    if options.fp8.scaling == "delayed" and "compile" in context.plugins:
+        yield camshaft.Problem(
+            "delayed scaling writes what it has seen while a forward runs, which a compiled graph cannot do",
+            key=f"{key}.fp8.scaling",
+            fix=f"set {key}.fp8.scaling=current, or plugins.compile=null",
+        )
+
+
+@cache
+def gpus() -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Name and compute capability of this machine's NVIDIA GPUs, as far as their tool tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        rows = [line.rsplit(",", 1) for line in answer.splitlines() if line.strip()]
+        return tuple((name.strip(), (int(major), int(minor))) for name, (major, minor) in map(_split, rows))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ()  # the run itself looks again
+
+
+def _split(row: list[str]) -> tuple[str, list[str]]:
+    name, capability = row
+    return name, capability.strip().split(".")
 
 
 def _of_parameters(options: Options, key: str) -> Iterator[camshaft.Problem]:

@@ -122,3 +122,9 @@ def test_plan_prints_what_is_kept_by_what_makes_it(make_recipe, capsys, device):
         assert holding.peak.bytes in numbers
     else:  # a GPU's RMSNorm keeps less
         assert numbers[1] < by_kind(holding.kept)["norm"]
+
+
+@pytest.mark.parametrize(("device", "width"), [("cuda", 2), ("cpu", 4), ("any", 4)])
+def test_products_of_auto_are_counted_narrow_on_a_gpu_alone(make_recipe, device, width):
+    checked = check(make_recipe({"precision": {}, **ADAMW}, launch={"device": "auto"}), 1, device=device).require()
+    assert estimate.sizes(checked, Host({})).widths.compute == width

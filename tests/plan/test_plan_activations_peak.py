@@ -22,6 +22,8 @@ CASES = {
     "bf16 parameters": (NARROW, {**TALL, **UNTIED}, LONG, {}, FOUR),
     "documents": ({}, TALL, {**LONG, "pack": True}, {}, ONE),
     "a large vocabulary": ({}, {**TALL, "vocab_size": 3000, "num_hidden_layers": 2}, LONG, {}, ONE),
+    "recompute, full": ({"recompute": {"mode": "full"}}, TALL, LONG, {}, FOUR),
+    "recompute, selective, autocast": ({"recompute": {"mode": "selective"}, **AUTOCAST}, BROAD, LONG, {}, FOUR),
     "ddp": ({"ddp": {"bucket_size_mb": 0.05}}, TALL, LONG, {"data_parallel": 2}, FOUR),
     "zero 1": ({"zero": {"stage": 1, "bucket_size_mb": 0.1}}, BROAD, LONG, {"data_parallel": 2}, FOUR),
     "zero 2": ({"zero": {"stage": 2, "bucket_size_mb": 0.1}}, BROAD, LONG, {"data_parallel": 2}, FOUR),
