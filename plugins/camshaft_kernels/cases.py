@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,12 +41,11 @@ class Case:
 def cases(device: torch.device, dtypes: tuple[str, ...], chosen: frozenset[str]) -> Iterator[Case]:
     """Every case for ``device``; ``chosen``: operations, all if empty."""
     grid: Any = LARGE if device.type == "cuda" else SMALL
-    for op, build in _BUILDERS.items():
+    for op, builders in _BUILDERS.items():
         if chosen and op not in chosen:
             continue
-        for dtype in dtypes:
-            for tokens in grid["tokens"]:
-                yield build(op, dtype, _Inputs(device, DTYPES[dtype]), tokens, grid)
+        for dtype, tokens, build in product(dtypes, grid["tokens"], builders):
+            yield build(op, dtype, _Inputs(device, DTYPES[dtype]), tokens, grid)
 
 
 class _Inputs:
@@ -113,8 +114,9 @@ def _swiglu(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Cas
     return Case(op, dtype, tokens * inner, f"{tokens} x {inner}", make)
 
 
-def _attention(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Case:
-    heads, length = grid["width"] // HEAD, min(tokens, 4096)
+def _attention(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any, *, longest: int) -> Case:
+    """Rows of at most ``longest`` tokens. Its size is the number of scores."""
+    heads, length = grid["width"] // HEAD, min(tokens, longest)
     rows = tokens // length
 
     def make(entries: Entries) -> Call:
@@ -128,7 +130,7 @@ def _attention(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> 
         function, mask = _pick(entries, "document_attention"), _pick(entries, "document_mask")(document)
         return _trained(lambda: function(q, k, v, mask), [q, k, v])
 
-    return Case(op, dtype, tokens * grid["width"], f"{rows} x {length} x {heads} heads of {HEAD}", make)
+    return Case(op, dtype, tokens * length * heads, f"{rows} x {length} x {heads} heads of {HEAD}", make)
 
 
 def _loss(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Case:
@@ -192,16 +194,17 @@ def _adamw(update: Any, parameters: list[Tensor], gradients: list[Tensor], scale
     return lambda: update(plain, gradients, means, squares, 3, **options)
 
 
-_BUILDERS: Mapping[str, Callable[[str, str, _Inputs, int, Any], Case]] = {
-    "rms_norm": _norm,
-    "layer_norm": _norm,
-    "rope": _rope,
-    "swiglu": _swiglu,
-    "attention": _attention,
-    "document_attention": _attention,
-    "linear_cross_entropy": _loss,
-    "cross_entropy": _loss,
-    "adamw": _update,
-    "grad_norm": _update,
+_ROWS = (partial(_attention, longest=256), partial(_attention, longest=4096))
+_BUILDERS: Mapping[str, tuple[Callable[[str, str, _Inputs, int, Any], Case], ...]] = {
+    "rms_norm": (_norm,),
+    "layer_norm": (_norm,),
+    "rope": (_rope,),
+    "swiglu": (_swiglu,),
+    "attention": _ROWS,
+    "document_attention": _ROWS,
+    "linear_cross_entropy": (_loss,),
+    "cross_entropy": (_loss,),
+    "adamw": (_update,),
+    "grad_norm": (_update,),
 }
 """Operations of which there is more than one provider that can be timed alone."""

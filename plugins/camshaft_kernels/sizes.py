@@ -36,16 +36,19 @@ def device_of(device: torch.device) -> str:
 
 
 def elements(op: str, world: World, config: ModelConfig) -> int:
-    """Elements of the largest tensor that ``op`` works on, on one rank, for one microbatch; 1 where nobody knows."""
+    """Elements of the largest tensor that ``op`` works on, on one rank, for a microbatch (of attention: scores); 1 where
+    nobody knows.
+    """
     recipe, mesh = world.recipe, world.mesh
     tokens = world.batch.micro_batch_size * recipe.data.sequence_length
     heads = config.num_attention_heads * config.head_dim
+    scores = tokens * recipe.data.sequence_length * config.num_attention_heads
     counts = {
         "rms_norm": tokens * config.hidden_size,
         "layer_norm": tokens * config.hidden_size,
         "rope": tokens * heads // mesh.degree("tp"),
-        "attention": tokens * heads // mesh.degree("tp"),
-        "document_attention": tokens * heads // mesh.degree("tp"),
+        "attention": scores // mesh.degree("tp"),
+        "document_attention": scores // mesh.degree("tp"),
         "swiglu": tokens * config.intermediate_size // mesh.degree("tp"),
         "cross_entropy": tokens * config.vocab_size,
         "linear_cross_entropy": tokens * config.vocab_size,
