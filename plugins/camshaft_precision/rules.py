@@ -19,7 +19,7 @@ BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def computes(options: Options) -> str:
-    """Dtype of matrix products as far as the options tell, of those beside fp8 too; ``auto`` where the device decides."""
+    """Dtype of matrix products, beside fp8, as far as the options tell; ``auto`` where the device decides."""
     if options.compute == "fp8":
         return "bf16"
     narrow = options.parameters in NARROW
