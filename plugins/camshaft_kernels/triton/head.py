@@ -47,17 +47,17 @@ def dtype_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def adds_wide(like: Tensor) -> bool:
-    """Whether torch's product of this dtype and device can be added to an fp32 matrix within the product."""
-    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    key = (like.device, like.dtype)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of this dtype to an fp32 matrix on this GPU: not every version takes one."""
+    key = (device, dtype)
     if key not in _ADDS_WIDE:
-        total, part = like.new_ones(16, 16, dtype=torch.float32), like.new_ones(16, 16)
+        total = torch.ones(16, 16, device=device)
+        part = torch.ones(16, 16, device=device, dtype=dtype)
         try:
             torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
             _ADDS_WIDE[key] = bool((total == 17).all())
-        except (RuntimeError, TypeError):  # not every version takes an fp32 addend here
+        except (RuntimeError, TypeError):
             _ADDS_WIDE[key] = False
     return _ADDS_WIDE[key]
 
@@ -72,7 +72,7 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
         torch.addmm(out, left, right, beta=int(add), out=out)
     elif not add:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
-    elif adds_wide(left):
+    elif adds_wide(left.device, left.dtype):
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         out.add_(torch.mm(left, right, out_dtype=out.dtype))
@@ -157,5 +157,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
         shapes = ", ".join(str([*tensor.shape]) for tensor in (hidden, weight, labels))
         raise ValueError(f"linear_cross_entropy takes [..., h], [vocabulary, h] and [...], not {shapes}")
     check(hidden, weight, labels)
+    if not torch.is_grad_enabled():  # a Function is told what requires gradients, not whether anybody wants them
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, chunk_bytes)  # type: ignore[no-untyped-call]
     return loss
