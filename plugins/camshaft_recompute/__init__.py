@@ -77,6 +77,12 @@ class Plugin(camshaft.Plugin):
             self._runtime.bind(state)
 
     @camshaft.hookimpl
+    def pre_forward(self) -> None:
+        """The first microbatch is counted."""
+        if self._runtime is not None:
+            self._runtime.begin()
+
+    @camshaft.hookimpl
     def post_reduce(self, state: State) -> None:
         """At the end of the first window: choose what fits the budget, and tell what is saved."""
         if self._runtime is not None and self._runtime.counting:

@@ -36,7 +36,7 @@ class Lane:
         """Start to copy bytes ``flat`` to the host: the copy, and the event after which it is whole."""
         if self._stream is None:
             return flat.clone(), None
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        host = _pinned(flat)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(flat, non_blocking=True)
@@ -58,6 +58,10 @@ class Lane:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(event)
             flat.record_stream(current)
+
+
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
 class Parcel:
@@ -182,14 +186,15 @@ class Offloaded:
         self.name, self.module, self.inner = name, module, module.forward
         self._own = vars(module).get("forward")
         self._device, self._tally, self._least, self._line = device, tally, least, line
-        self.compiled = False
+        self.compiled = self._plain = False
 
     def install(self) -> None:
         """Take the place of the module's forward."""
         self.module.forward = self.forward
 
     def close(self) -> None:
-        """Give it back."""
+        """Give it back; where another plugin has put its own around it, do nothing any more."""
+        self._plain = True
         if vars(self.module).get("forward") == self.forward:
             del self.module.forward
             if self._own is not None:
@@ -197,7 +202,7 @@ class Offloaded:
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The module's own; where gradients are wanted, what autograd saves goes to the host."""
-        if not torch.is_grad_enabled():
+        if self._plain or not torch.is_grad_enabled():
             return self.inner(*arguments, **named)
         shared = [each for each in tensors([arguments, named]) if not each.requires_grad]
         stays = (*self.module.parameters(), *self.module.buffers(), *shared)
@@ -205,8 +210,13 @@ class Offloaded:
         with hold:
             made = self.inner(*arguments, **named)
             if self._tally.counts:
-                self._tally.calls.append(Seen(self.name, dropped=hold.bytes))
+                self._tally.calls.append(self._seen(hold))
         return made
+
+    def _seen(self, hold: Hold) -> Seen:
+        seen = self._tally.seen(self.name)
+        seen.dropped = hold.bytes
+        return seen
 
 
 class Line:

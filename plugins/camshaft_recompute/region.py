@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from camshaft_recompute.frame import Frame
 from camshaft_recompute.keeping import Keeper
 from camshaft_recompute.kinds import Keep
-from camshaft_recompute.tally import Seen, Tally
+from camshaft_recompute.tally import Tally
 from camshaft_recompute.trees import tensors
 from camshaft_recompute.watching import Watch
 
@@ -39,7 +39,8 @@ class Region:
         self.module.forward = self.forward
 
     def close(self) -> None:
-        """Give it back."""
+        """Give it back; where another plugin has put its own around it, do nothing any more."""
+        self.plain = True
         if vars(self.module).get("forward") == self.forward:
             del self.module.forward
             if self._own is not None:
@@ -64,7 +65,7 @@ class Region:
 
     def _counted(self, frame: Frame, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         saved: list[Tensor] = []
-        seen = Seen(self.name, 0, 0, 0, 0)
+        seen = self._tally.seen(self.name)
         frame.packed = saved.append
         frame.again = partial(Watch, self._device, frame.filled, seen.again)
         made = frame.run(self._device, self.keeper, Watch(self._device, frame.slots, seen.first))

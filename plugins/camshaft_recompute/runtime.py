@@ -67,6 +67,10 @@ class Runtime:
         if shape.joined("pp"):
             self._stages = mesh.channel(self._name, "pp")
 
+    def begin(self) -> None:
+        """A forward starts."""
+        self._tally.begin()
+
     def conclude(self, state: State) -> Iterator[str]:
         """The first window is over: choose, and say what is so from now on. Collective. Yields lines for the log."""
         tally, self._tally.open = self._tally, False

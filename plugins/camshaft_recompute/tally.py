@@ -22,6 +22,7 @@ class Seen:
     """One call of one module."""
 
     name: str
+    stage: int = 0
     dropped: int = 0
     """Bytes that autograd would have held and that now nobody holds, before kept results."""
     inputs: int = 0
@@ -47,6 +48,18 @@ class Tally:
     def counts(self) -> bool:
         """Whether the forward that runs is of the first microbatch of the first window."""
         return self.open and self.state is not None and self.state.microbatch == 0
+
+    def begin(self) -> None:
+        """A forward starts: one that was given up, because it did not fit, does not count."""
+        if self.counts:
+            assert self.state is not None
+            self.calls = [each for each in self.calls if each.stage != self.state.stage]
+            self._inputs.clear()
+
+    def seen(self, name: str) -> Seen:
+        """For a call of module ``name`` that begins."""
+        assert self.state is not None
+        return Seen(name, self.state.stage)
 
     def add(self, seen: Seen, saved: Sequence[Tensor], inputs: Sequence[Tensor], own: Module, kept: int) -> None:
         """Count a call that saved tensors ``saved``; those must all still be alive."""

@@ -5,9 +5,10 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from camshaft_recompute import ambient
+from camshaft_recompute import ambient, offload
 from camshaft_recompute.keeping import Keeper, _First
 from camshaft_recompute.kinds import makes, of_kinds
 from camshaft_recompute.offload import Line, Offloaded
@@ -432,3 +433,75 @@ def test_modes_see_no_operation_where_nothing_is_kept(monkeypatch):
     net = build()
     region(net)
     run(net)
+
+
+class Recorded:
+    """Stands for a stream of CUDA."""
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for all of {other.name}")
+
+    def record_event(self):
+        self.told.append(f"{self.name} marks")
+        return f"mark of {self.name}"
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event}")
+
+    def __enter__(self):
+        self.told.append(f"on {self.name}")
+
+    def __exit__(self, *error):
+        self.told.append("off")
+
+
+def test_streams_wait_for_each_other_and_memory_for_both(monkeypatch):
+    """What a GPU would be asked for, in order: the copies themselves run on this machine."""
+    told = []
+    main, side = Recorded("main", told), Recorded("side", told)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(offload, "_pinned", torch.empty_like)
+    lane = offload.Lane(torch.device("cuda"))
+    lane._device = CPU
+    flat = torch.arange(8, dtype=torch.uint8)
+    host, sent = lane.away(flat)
+    assert told == ["side waits for all of main", "on side", "kept for side", "off", "side marks"]
+    assert torch.equal(host, flat) and host.data_ptr() != flat.data_ptr() and sent is not None
+    told.clear()
+    back, event = lane.back(host)
+    lane.arrive(back, event)
+    assert told == ["on side", "off", "side marks", "main waits for mark of side", "kept for main"]
+    assert torch.equal(back, flat)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keep", ["full", "products"])
+def test_a_compiler_gets_torchs_own_form_and_one_graph_for_all_layers(keep):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, hidden):
+            return hidden + self.down(torch.nn.functional.silu(self.up(self.norm(hidden))))
+
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    graphs, layers = CompileCounterWithBackend("aot_eager"), [Layer() for _ in range(3)]
+    first = torch.randn(4, 8, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layers[2](layers[1](layers[0](first))).sum(), first)
+    regions = [region(layer, KEEP[keep], str(number)) for number, layer in enumerate(layers)]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=graphs, fullgraph=True)
+    (found,) = torch.autograd.grad(layers[2](layers[1](layers[0](first))).sum(), first)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert graphs.frame_count == 1 and all(each.compiled for each in regions)
+    compiled = layers[0].forward
+    regions[0].close()
+    assert layers[0].forward is compiled and regions[0].plain, "the compiler's forward stays where it is"
