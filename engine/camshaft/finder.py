@@ -65,10 +65,15 @@ def read(folder: Path) -> Found | None:
         return None
 
 
-def candidates(global_batch_size: int, data_ranks: int) -> list[int]:
-    """Every size that divides what a data rank has of the global batch, ascending."""
+def candidates(global_batch_size: int, data_ranks: int, microbatches: int = 1) -> list[int]:
+    """Every size that divides what a data rank has of the global batch, ascending.
+
+    Those that leave fewer than ``microbatches`` are left out, if others are there: a pipeline with fewer microbatches
+    than ranks waits more than it works.
+    """
     own = global_batch_size // data_ranks
-    return [size for size in range(1, own + 1) if own % size == 0]
+    most = max(1, own // microbatches)
+    return [size for size in range(1, most + 1) if own % size == 0]
 
 
 def planned(peaks: Mapping[int, int], memory: int) -> int:

@@ -53,6 +53,8 @@ def test_where_nothing_fits_the_message_says_what_to_change():
 def test_candidates_keep_the_global_batch():
     assert candidates(24, 2) == [1, 2, 3, 4, 6, 12]
     assert candidates(7, 1) == [1, 7]
+    assert candidates(24, 2, microbatches=4) == [1, 2, 3]  # 12 of a rank in at least 4
+    assert candidates(4, 2, microbatches=4) == [1]
     assert planned(PEAKS, 33) == 3 and planned(PEAKS, 1) == 1
 
 

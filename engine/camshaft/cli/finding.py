@@ -115,7 +115,8 @@ def peaks(resolved: Resolved, world_size: int, device: str) -> Mapping[int, int]
     checked = check(resolved, world_size, device=device).require()
     assert checked.mesh is not None and checked.batch is not None
     found: dict[int, int] = {}
-    for size in finder.candidates(checked.batch.global_batch_size, checked.mesh.batch_degree):
+    total, stages = checked.batch.global_batch_size, checked.mesh["pp"].degree
+    for size in finder.candidates(total, checked.mesh.batch_degree, stages):
         changed = _with(resolved, size)
         each = check(changed, world_size, device=device)
         if not each.problems:

@@ -133,8 +133,8 @@ class Batch(Section):
     """Batch algebra: global = micro x accumulation x data-parallel ranks."""
 
     micro_batch_size: PositiveInt | Literal["auto"]
-    """Samples of one forward on one rank. `auto`: the most that fit, by the plan and then by trial; the global batch
-    stays as it is, and a run that goes on keeps the number."""
+    """Samples of one forward on one rank. `auto`: the most that fit, by the plan and then by trial, and leave as many
+    microbatches as a pipeline has ranks; the global batch stays as it is, and a run that goes on keeps the number."""
     global_batch_size: PositiveInt
     """Samples of one optimizer step on all ranks."""
     gradient_accumulation_steps: PositiveInt | None = None
