@@ -1,5 +1,6 @@
 """Whose memory it is: in a trace with known blocks, and in one of a real model with a known largest tensor."""
 
+import time
 from collections import OrderedDict
 
 import pytest
@@ -110,7 +111,7 @@ def recorded(tmp_path):
     modules.on = True
     names = {}
     with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
         record_function("camshaft/window"),
     ):
         with record_function("camshaft/phase/forward"):
@@ -141,3 +142,28 @@ def test_the_largest_tensor_of_a_real_window_is_found(recorded):
     assert found.peak_phase == "backward"
     assert 2 * hidden <= found.peak <= 2 * hidden + 4 * 2**20
     assert not any(vars(module).get("_forward_hooks") for module in model.modules())
+
+
+def test_a_window_without_allocations_holds_what_was_there():
+    writer = Writer()
+    writer.range("camshaft/window", 0, 10)
+    found = timeline(writer.trace(), HELD)
+    assert (found.before, found.peak, found.by_category) == (3000, 3000, {"parameter": 1000, "optimizer state": 2000})
+    assert [each.size for each in found.owners] == [2000, 1000]
+
+
+def test_blocks_that_grow_in_number_cost_no_more_each():
+    """Every allocation is a new peak here: what is held may not be copied at each."""
+
+    def seconds(count):
+        writer = Writer()
+        writer.range("camshaft/window", 0, count)
+        for number in range(count):
+            writer.memory(number, 10 + number, 8)
+        trace = writer.trace()
+        began = time.perf_counter()
+        assert timeline(trace, HELD).peak == 3000 + 8 * count
+        return time.perf_counter() - began
+
+    few = min(seconds(2_000) for _ in range(3))
+    assert seconds(40_000) < 20 * few * 8

@@ -8,6 +8,7 @@ Memory that a device's allocator counts and none of these explains is ``unknown`
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,9 @@ class _Block:
     size: int
     category: str
     name: str
-    born: float = 0.0
+    born: int = -1
+    """Place of the event that made it; -1: it was there before."""
+    died: float = math.inf
 
 
 def timeline(trace: Trace, held: Sequence[Held], gradients: Sequence[Mapping[int, str]] = ()) -> Timeline:
@@ -90,26 +93,29 @@ class _Follower:
         self._finder = Finder(trace.host)
         self._modules = _modules(trace.host)
         self._live = {each.address: _Block(each.size, each.category, each.name) for each in held}
+        self._blocks = list(self._live.values())
         self._sum = sum(block.size for block in self._live.values())
         self._marks = [(each.start, found) for each, found in zip(trace.named(f"{PHASE}clip"), gradients, strict=False)]
         self._main = trace.windows[0].track
-        self._top: list[_Block] = []
+        self._top = -1
+        """Place of the event after which most was held."""
 
     def run(self) -> Timeline:
         first = self._trace.windows[0].start
-        found = Timeline("cuda" if self._device else "cpu", self._sum)
+        found = Timeline("cuda" if self._device else "cpu", self._sum, peak=self._sum)
         course: list[tuple[float, int]] = []
         begun = False
-        for event in self._events:
+        for place, event in enumerate(self._events):
             self._name_gradients(event.time)
-            self._take(event)
+            self._take(event, place)
             if event.time < first:
                 continue
             total = event.total if self._device else self._sum
             if not begun:
-                begun, found.before = True, total - event.size
+                begun, found.before, found.peak = True, total - event.size, 0
             course.append((event.time - first, total))
-            self._watch(found, event, total, first)
+            if self._watch(found, event, total, first):
+                self._top = place
         self._close(found)
         found.points = thin([(0.0, found.before), *course])
         return found
@@ -122,13 +128,15 @@ class _Follower:
                 if block is not None and block.category not in (PARAMETER, MASTER, STATE):
                     block.category, block.name = GRADIENT, name
 
-    def _take(self, event: Allocation) -> None:
+    def _take(self, event: Allocation, place: int) -> None:
         old = self._live.pop(event.address, None)  # also where an allocation tells that a block before it has gone
         if old is not None:
             self._sum -= old.size
+            old.died = place
         if event.size > 0:
             category, name = self._told(event)
-            self._live[event.address] = _Block(event.size, category, name, event.time)
+            block = self._live[event.address] = _Block(event.size, category, name, place)
+            self._blocks.append(block)
             self._sum += event.size
 
     def _told(self, event: Allocation) -> tuple[str, str]:
@@ -150,17 +158,19 @@ class _Follower:
             own = None if main is None else _phase_in(main)
         return own or "other"
 
-    def _watch(self, found: Timeline, event: Allocation, total: int, first: float) -> None:
+    def _watch(self, found: Timeline, event: Allocation, total: int, first: float) -> bool:
+        """Note the phase's most; whether this is the most of all so far."""
         here = self._finder.at(self._main, event.time)
         phase = (None if here is None else _phase_in(here)) or "other"
         found.phases[phase] = max(found.phases.get(phase, 0), total)
-        if total > found.peak:
-            found.peak, found.peak_time, found.peak_phase = total, event.time - first, phase
-            self._top = list(self._live.values())  # blocks, so that gradients get their names later
+        if total <= found.peak:
+            return False
+        found.peak, found.peak_time, found.peak_phase = total, event.time - first, phase
+        return True
 
     def _close(self, found: Timeline) -> None:
         self._name_gradients(float("inf"))
-        blocks = list(self._top)
+        blocks = [block for block in self._blocks if block.born <= self._top < block.died]
         rest = found.peak - sum(block.size for block in blocks)
         if self._device and rest > 0:
             blocks.append(_Block(rest, UNKNOWN, "counted by the allocator alone"))

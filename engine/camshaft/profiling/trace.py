@@ -76,16 +76,14 @@ class Trace:
     travelling: list[Slice]
     """Collectives under way on other threads, where the backend tells: they overlap with everything."""
     allocations: list[Allocation]
+    windows: list[Slice] = field(init=False)
+    """The windows that were recorded, in order."""
+    bounds: list[Interval] = field(init=False)
+    """When a window was under way."""
 
-    @property
-    def windows(self) -> list[Slice]:
-        """The windows that were recorded, in order."""
-        return [each for each in self.host if each.name == WINDOW]
-
-    @property
-    def bounds(self) -> list[Interval]:
-        """When a window was under way."""
-        return union(window.interval for window in self.windows)
+    def __post_init__(self) -> None:
+        self.windows = [each for each in self.host if each.name == WINDOW]
+        self.bounds = union(window.interval for window in self.windows)
 
     def named(self, prefix: str) -> list[Slice]:
         """Host slices whose name starts with ``prefix``, in order."""
