@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from camshaft import deprecations
 from camshaft.errors import CamshaftError, MachineError, PluginError, Problem, RecipeError, is_out_of_memory
 from camshaft.hookspecs import FAMILIES, SLOTS
 from camshaft.plugin import HOOK_API, PROJECT, Plugin
@@ -149,8 +150,9 @@ class Host:
                 continue
             if name not in specs:
                 near = get_close_matches(name, specs, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
+                hint = deprecations.told(name) or (f"; did you mean '{near[0]}'?" if near else "")
                 raise PluginError(plugin_name, name, f"there is no hook called '{name}'{hint}")
+            deprecations.warn(plugin_name, name)
             chosen = sorted(option for option, value in getattr(method, f"{PROJECT}_impl").items() if value)
             if chosen:
                 raise PluginError(

@@ -12,6 +12,7 @@ from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOpt
 from camshaft.errors import RecipeError
 from camshaft.hookspecs import BuildHooks
 from camshaft.host import Host
+from camshaft.plugin import HOOK_API
 from camshaft.program import brief, window_program
 from camshaft.recipe import check, load
 from camshaft.recipe.checks import smallest_world
@@ -77,6 +78,7 @@ def _sizes(resolved: Resolved, checked: Checked) -> str:
                 f"{batch.accumulation} x data ranks {mesh.batch_degree}"
             ),
             f"tokens       {batch.global_batch_size * length:,} a step ({length} a sample)",
+            f"hooks        API {HOOK_API}",
         ]
     )
 

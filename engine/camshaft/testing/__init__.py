@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from camshaft.testing.conformance import Conformance as Conformance
 
+if "pytest" in sys.modules:  # so that a failed test of the kit shows values
+    sys.modules["pytest"].register_assert_rewrite("camshaft.testing.conformance")
+
 
 def __getattr__(name: str) -> Any:
     if name == "Conformance":
-        if "pytest" in sys.modules:  # so that a failed test shows values
-            sys.modules["pytest"].register_assert_rewrite("camshaft.testing.conformance")
         from camshaft.testing.conformance import Conformance
 
         return Conformance
