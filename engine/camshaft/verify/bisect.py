@@ -32,10 +32,15 @@ def blame(bench: Bench, sign: Sign) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for name in _order(bench):
         without = [other for other in left if other != name]
         found = _look(bench, without)
-        if found is not None:
+        if found is not None and (_refused(sign) or not _refused(found)):
             left, sign = without, found
     smallest = tuple(name for name in bench.small.sections if name in left)
     return _named(bench, sign, smallest), smallest
+
+
+def _refused(sign: Sign) -> bool:
+    """Whether a recipe is not legal, which only shows when it meets the model."""
+    return isinstance(sign, Failure) and sign.refused
 
 
 def _order(bench: Bench) -> Sequence[str]:
@@ -56,7 +61,8 @@ def _named(bench: Bench, sign: Sign, smallest: Sequence[str]) -> tuple[str, ...]
     """Those of ``smallest`` to name: who raised, else who makes the quantity, else all that is compared."""
     if isinstance(sign, Failure) and sign.plugin in smallest:
         return (sign.plugin,)
-    maker = bench.owners.get(MAKERS.get(sign.quantity, ""), "") if isinstance(sign, Deviation) else ""
+    slot = "" if isinstance(sign, Failure) else MAKERS.get(sign.quantity, "")
+    maker = bench.owners.get(slot, "")
     if maker in smallest:
         return (maker,)
     return tuple(name for name in smallest if name in bench.sorted.compared) or tuple(smallest)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from camshaft.errors import MachineError
+from camshaft.errors import MachineError, RecipeError
 from camshaft.recipe import check
 from camshaft.verify import bisect
 from camshaft.verify.judge import BOUNDS, Comparison, Deviation, compare
@@ -67,10 +67,14 @@ class Report:
 
 
 class Bench:
-    """Runs arrangements of one small recipe, each kind of plain process once."""
+    """Runs arrangements of one small recipe, each kind of plain process once.
 
-    def __init__(self, small: Small, sorted_: Sorted, owners: Mapping[str, str]) -> None:
-        self.small, self.sorted, self.owners = small, sorted_, owners
+    ``still``: without dropout, so that the plain process may take a whole window at once; with it, it takes the same
+    microbatches, which draw the same numbers.
+    """
+
+    def __init__(self, small: Small, sorted_: Sorted, owners: Mapping[str, str], *, still: bool = True) -> None:
+        self.small, self.sorted, self.owners, self.still = small, sorted_, owners, still
         self.bounds = BOUNDS[small.compute]
         self.trials = 0
         self._plain: dict[tuple[str, ...], Outcome] = {}
@@ -85,8 +89,8 @@ class Bench:
         key = tuple(kept)
         if key not in self._plain:
             alone = dict.fromkeys(self.small.degrees, 1)
-            resolved, ranks = self.small.arrange(key, alone, f"plain{len(self._plain)}", whole=True)
-            self._plain[key] = run(resolved, ranks, self.small.compute)
+            resolved, ranks = self.small.arrange(key, alone, f"plain{len(self._plain)}", whole=self.still)
+            self._plain[key] = run(resolved, ranks, self.small.compute, still=self.still)
         return self._plain[key]
 
     def look(self, names: Sequence[str]) -> Deviation | Failure | Unequal | Comparison:
@@ -104,7 +108,7 @@ class Bench:
         degrees = self.sorted.left_alone(names, self.small.degrees)
         resolved, ranks = self.small.arrange(names, degrees, f"trial{self.trials}")
         own = self.sorted.precision in names
-        plain, found = self.plain(kept), run(resolved, ranks, None if own else self.small.compute)
+        plain, found = self.plain(kept), run(resolved, ranks, None if own else self.small.compute, still=self.still)
         for outcome in (plain, found):
             if not isinstance(outcome, Recording):
                 return outcome
@@ -196,11 +200,36 @@ def _examine(small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search
         if isinstance(found, Comparison):
             comparison = found
         else:
-            blamed, smallest = bisect.blame(bench, found) if search else ((), sorted_.all)
-            finding = Finding(found, blamed, smallest)
-    return Report(
-        small, sorted_, comparison, finding, ranks, _not_covered(small, books, sorted_), 0.0, bench.trials, steps
+            finding = _blamed(bench, found, search=search)
+    left_out = _not_covered(small, books, sorted_)
+    if finding is None and isinstance(plain, Recording) and plain.dropouts:
+        finding, note = _with_dropout(bench, search=search)
+        left_out += (note,) if note else ()
+    return Report(small, sorted_, comparison, finding, ranks, left_out, 0.0, bench.trials, steps)
+
+
+def _blamed(bench: Bench, found: Deviation | Failure | Unequal, *, search: bool) -> Finding:
+    blamed, smallest = bisect.blame(bench, found) if search else ((), bench.sorted.all)
+    return Finding(found, blamed, smallest)
+
+
+def _with_dropout(bench: Bench, *, search: bool) -> tuple[Finding | None, str]:
+    """Once more with dropout, along the axes whose ranks draw what one process draws; what that leaves out.
+
+    Along data axes and the pipeline ranks draw numbers of their own.
+    """
+    own = {axis for axis in bench.small.degrees if axis.startswith("dp") or axis == "pp"}
+    compared = tuple(
+        name for name in bench.sorted.compared if not (axes := bench.sorted.axes.get(name)) or axes - own - {""}
     )
+    small = replace(bench.small, degrees={axis: 1 if axis in own else d for axis, d in bench.small.degrees.items()})
+    loud = Bench(small, replace(bench.sorted, compared=compared), bench.owners, still=False)
+    try:
+        found = loud.look(loud.sorted.all)
+    except RecipeError as error:
+        return None, f"dropout, because without data and pipeline axes: {error.problems[0].message}"
+    finding = None if isinstance(found, Comparison) else _blamed(loud, found, search=search)
+    return finding, "dropout along data axes and the pipeline, where ranks draw numbers of their own"
 
 
 def _kept(owners: Mapping[str, str], sorted_: Sorted) -> dict[str, str]:

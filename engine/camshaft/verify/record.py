@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from camshaft.errors import CamshaftError
 from camshaft.meter import global_sums
@@ -49,7 +49,11 @@ class Recording:
     steps: list[Step] = field(default_factory=list)
     total: int = 0
     """Steps of the whole run, which a schedule of learning rates knows."""
+    rate: float = 0.0
+    """Rate of the optimizer's first group before anything multiplies it."""
     plugins: tuple[str, ...] = ()
+    dropouts: int = 0
+    """Modules that draw random numbers in training."""
 
     def digests(self) -> dict[str, int]:
         """Checksum of every tensor, and of the bits of every number, by where it is."""
@@ -80,8 +84,10 @@ class UnequalCopies(CamshaftError):
 class Recorder(Plugin):
     """Records every step. Registered last: it sees gradients after every other plugin's ``post_reduce``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, still: bool) -> None:
+        """``still``: dropout drops nothing."""
         super().__init__()
+        self._still = still
         self.recording = Recording()
         self._gradients: Tensors = {}
         self._clipped: Tensors = {}
@@ -90,9 +96,14 @@ class Recorder(Plugin):
     def pre_run(self, state: State) -> None:
         """The first values."""
         state.world.settle()
+        for module in state.model.modules():
+            if isinstance(module, nn.Dropout) and module.p:
+                self.recording.dropouts += 1
+                module.p = 0.0 if self._still else module.p
         self.recording.start = weights(state.world, state.model)
         self.recording.roles = dict(state.world.roles)
         self.recording.total = state.world.total_steps
+        self.recording.rate = state.optimizer.param_groups[0]["initial_lr"]
 
     @hookimpl
     def post_reduce(self, state: State) -> None:

@@ -33,6 +33,8 @@ class Failure:
     message: str
     plugin: str = ""
     hook: str = ""
+    refused: bool = False
+    """Whether the recipe was refused: by a plugin that met the model, or because a plugin did nothing."""
 
     @property
     def echo(self) -> bool:
@@ -45,10 +47,18 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Unequal:
-    """Two ranks that recorded other bits of what both hold: where first, and on which rank."""
+    """Two ranks that recorded other bits of what both hold: where first, and on which rank.
+
+    ``place`` is a step, a quantity and a name, with commas between them.
+    """
 
     place: str
     rank: int | None = None
+
+    @property
+    def quantity(self) -> str:
+        """What it is of, as in ``judge``."""
+        return self.place.split(", ")[1].split(":")[0]
 
     def __str__(self) -> str:
         return self.place if self.rank is None else f"{self.place} has other bits on rank {self.rank} than on rank 0"
@@ -57,12 +67,17 @@ class Unequal:
 Outcome = Recording | Failure | Unequal
 
 
-def run(resolved: Resolved, ranks: int, dtypes: str | None = None, timeout_s: float = RUN_S) -> Outcome:
-    """Train ``resolved`` to its end on ``ranks`` forked ranks; ``dtypes``: owned here, and not by a plugin."""
+def run(
+    resolved: Resolved, ranks: int, dtypes: str | None = None, timeout_s: float = RUN_S, *, still: bool = True
+) -> Outcome:
+    """Train ``resolved`` to its end on ``ranks`` forked ranks.
+
+    ``dtypes``: owned here, and not by a plugin. ``still``: without dropout.
+    """
     # What each rank would import at its first deterministic step, for most of a second, is forked with them.
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     try:
-        found = run_ranks(ranks, _train, resolved, dtypes, timeout_s=timeout_s)
+        found = run_ranks(ranks, _train, resolved, dtypes, still, timeout_s=timeout_s)
     except RankFailed as error:
         return Failure(None, _brief(str(error)))
     failures = [each for each in found if isinstance(each, Failure)]
@@ -87,12 +102,12 @@ def _brief(text: str) -> str:
 
 
 def _train(
-    rank: int, world_size: int, resolved: Resolved, dtypes: str | None
+    rank: int, world_size: int, resolved: Resolved, dtypes: str | None, still: bool
 ) -> Recording | dict[str, int] | Failure | Unequal:
     """All of one rank. Rank 0 returns its recording, the others the checksums of theirs."""
     if resolved.recipe.launch.device == "cuda":
         _meet_again(world_size)
-    recorder = Recorder()
+    recorder = Recorder(still=still)
     observers: dict[str, Plugin] = {"recorder": recorder}
     if dtypes is not None:
         observers["dtypes"] = Dtypes(dtypes)
@@ -107,7 +122,7 @@ def _train(
     except PluginError as error:
         return Failure(rank, str(error), error.plugin, error.hook)
     except RecipeError as error:
-        return Failure(rank, str(error), _plugin_of(error))
+        return Failure(rank, str(error), _plugin_of(error), refused=True)
     except (CamshaftError, Exception) as error:
         return Failure(rank, f"{type(error).__name__}: {_brief(str(error))}")
     return recorder.recording if rank == 0 else recorder.recording.digests()

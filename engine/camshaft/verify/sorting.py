@@ -125,8 +125,8 @@ def another_optimizer(name: str) -> str:
         try:
             ((_, ask),) = Host({other: kind(kind.Options.model_validate({"lr": 0.01}))}).implementations("plan")
             plan = ask(None)
-        except (ValidationError, ValueError, PluginError):  # it needs more than a rate, looks at the recipe, plans nothing
-            continue
+        except (ValidationError, ValueError, PluginError):
+            continue  # it needs more than a rate, looks at the recipe, or plans nothing
         if "elementwise_optimizer" in plan.provides and not plan.claims:
             found.append((plan.moments or 0.0, other))
     if not found:

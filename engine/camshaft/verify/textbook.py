@@ -61,11 +61,15 @@ class Textbooks:
         return None
 
     def _all(self, found: Recording) -> Iterator[tuple[str, Deviation]]:
+        book = self._books.get("optimizer")
+        if book is not None:
+            off = number(found.rate, book.rate(self._options[self.owners["optimizer"]]))
+            yield "optimizer", Deviation(0, "lr", "", off, self._bounds["lr"])
         weights, state = found.start, dict[str, Tensor | None]()
         for step in found.steps:
             yield from self._clip(step)
             factor = self._factor(step, found.total)
-            yield from self._rate(step, factor)
+            yield from self._rate(step, found.rate, factor)
             yield from self._update(step, found.roles, weights, state, factor)
             weights, state = step.weights, dict(step.optimizer)
 
@@ -92,11 +96,10 @@ class Textbooks:
             return 1.0
         return None if book is None else float(book.factor(self._options[owner], step.step - 1, total))
 
-    def _rate(self, step: Step, factor: float | None) -> Iterator[tuple[str, Deviation]]:
-        book = self._books.get("optimizer")
-        if book is not None and factor is not None:
-            wanted = book.rate(self._options[self.owners["optimizer"]]) * factor
-            yield "lr", Deviation(step.step, "lr", "", number(step.lr, wanted), self._bounds["lr"])
+    def _rate(self, step: Step, rate: float, factor: float | None) -> Iterator[tuple[str, Deviation]]:
+        if factor is not None:
+            off = abs(step.lr / rate - factor) if rate else abs(step.lr)  # of the peak: a decay may end at 0
+            yield "lr", Deviation(step.step, "lr", "", off, self._bounds["lr"])
 
     def _update(
         self,
