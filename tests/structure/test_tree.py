@@ -126,7 +126,7 @@ AREAS = {
     ),
     "operations": (("ops.py",), 250),
     "finder": (("finder.py", "trial.py", "halving.py"), 350),
-    "proofs": (("verify/", "contracts.py"), 1500),
+    "proofs": (("verify/", "contracts.py"), 2000),
     "profiling": (("profiling/", "datasheet.py"), 1800),
     "sweep": ("sweep/", 800),
     "core": ("", 2250),

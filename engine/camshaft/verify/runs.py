@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from camshaft.distributed import Environment
+from camshaft.distributed import JOB_VARIABLE, Environment
 from camshaft.errors import CamshaftError, PluginError, RecipeError
 from camshaft.loop import session
 from camshaft.rundir import RunDirectory
@@ -106,7 +107,7 @@ def _train(
 ) -> Recording | dict[str, int] | Failure | Unequal:
     """All of one rank. Rank 0 returns its recording, the others the checksums of theirs."""
     if resolved.recipe.launch.device == "cuda":
-        _meet_again(world_size)
+        _meet_again(world_size, f"{resolved.recipe.run.dir}-meeting")
     recorder = Recorder(still=still)
     observers: dict[str, Plugin] = {"recorder": recorder}
     if dtypes is not None:
@@ -128,10 +129,14 @@ def _train(
     return recorder.recording if rank == 0 else recorder.recording.digests()
 
 
-def _meet_again(world_size: int) -> None:
-    """Leave the gloo group that ranks are forked into: a session makes one for its own device."""
+def _meet_again(world_size: int, folder: str) -> None:
+    """Leave the gloo group that ranks are forked into: a session makes one for its own device, and meets in ``folder``.
+
+    Not there yet; of this run alone.
+    """
     import torch.distributed as dist
 
+    os.environ[JOB_VARIABLE] = folder
     if world_size > 1:
         dist.destroy_process_group()
 
