@@ -71,6 +71,8 @@ def _enters_head(each: Kept) -> bool:
 def _documents(each: Kept, provider: str, sizes: Sizes) -> Iterator[Kept]:
     if each.name == "mask":
         return
+    if each.name == "out" and provider == "torch_segments":  # its backward needs each document's, the product all
+        yield replace(each, name="out of each document", flops=0.0)
     name, repeated, _ = each.name.partition(" for each query head")
     if repeated and provider in UNREPEATED and sizes.config is not None:
         heads, groups = sizes.config.num_attention_heads, sizes.config.num_key_value_heads

@@ -36,8 +36,9 @@ def device_of(device: torch.device) -> str:
 
 
 def elements(op: str, world: World, config: ModelConfig) -> int:
-    """Elements of the largest tensor that ``op`` works on, on one rank, for a microbatch (of attention: scores); 1 where
-    nobody knows.
+    """Elements of the largest tensor that ``op`` works on, on one rank, for a microbatch; 1 where nobody knows.
+
+    Of attention it is the scores.
     """
     recipe, mesh = world.recipe, world.mesh
     tokens = world.batch.micro_batch_size * recipe.data.sequence_length

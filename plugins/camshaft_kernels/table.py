@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement: ``size`` elements of the operation's largest tensor (logits, for losses; scores, for attention)."""
+    """One measurement: ``size`` elements of the operation's largest tensor (logits for losses, else scores)."""
 
     op: str
     dtype: str

@@ -37,7 +37,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
         chunk: tokens at once; by default so many that their logits take as much as the hidden states.
 
     Raises:
-        RuntimeError: a second backward: the first one has given the gradients away.
+        RuntimeError: a second backward: the first one has used the gradients up.
     """
     rows = chunk or chunk_size(labels.numel(), *weight.shape)
     dtype = product_dtype(hidden)
@@ -64,17 +64,15 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        loss, *ctx.gradients = _run(hidden, weight, labels, rows, dtype, ctx.needs_input_grad[:2])
+        loss, *gradients = _run(hidden, weight, labels, rows, dtype, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: its gradients are given away by the first backward")
-        found, ctx.gradients = ctx.gradients, None
-        # In place: these may be the largest tensors of the step, and nobody else has them.
-        return *(None if each is None else each.mul_(factor) for each in found), None, None, None
+        # In place: these may be the largest tensors of the step. A second backward finds them changed, and is an error.
+        return *(None if each is None else each.mul_(factor) for each in ctx.saved_tensors), None, None, None
 
 
 Made = tuple[Tensor, Tensor | None, Tensor | None]

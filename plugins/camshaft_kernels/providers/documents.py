@@ -55,8 +55,9 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, mask: list[int]) -> Tenso
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
     """Attention in one document, [tokens, heads, d] each."""
-    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(0, 1)
+    # A batch of one: without that dimension torch takes the form that stores all scores.
+    q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).squeeze(0).transpose(0, 1)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, mask: Spans) -> Tensor:
