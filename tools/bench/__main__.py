@@ -65,6 +65,10 @@ def markdown(results: dict[str, Any]) -> str:
         parts += race_tables("Pipelines: 2 and 4 ranks, one thread each, fp32", results["pipeline"])
     if "pipeline_sleep" in results:
         parts += sleep_table(results["pipeline_sleep"])
+    if "kernels" in results:
+        from tools.bench.kernels import table as kernels_table
+
+        parts += kernels_table(results["kernels"])
     if "single_gpu" in results:
         from tools.bench.single_gpu import table
 
@@ -136,10 +140,17 @@ def check_contestants(chosen: Sequence[str]) -> None:
     Raises:
         SystemExit: there is none of a name.
     """
-    from tools.bench import pipeline, sharded, single_gpu, tensor
+    from tools.bench import kernels_forms, pipeline, sharded, single_gpu, tensor
 
     known = dict.fromkeys(
-        [*sharded.ALONE, *sharded.TOGETHER, *tensor.ENTRIES, *pipeline.CONTESTANTS, *single_gpu.NAMES]
+        [
+            *sharded.ALONE,
+            *sharded.TOGETHER,
+            *tensor.ENTRIES,
+            *pipeline.CONTESTANTS,
+            *single_gpu.NAMES,
+            *kernels_forms.NAMES,
+        ]
     )
     unknown = [name for name in chosen if name not in known]
     if unknown:
@@ -149,7 +160,7 @@ def check_contestants(chosen: Sequence[str]) -> None:
 def main() -> None:
     """Run what was asked for."""
     names = ["overhead", "data_parallel", "sharded", "sharded_overhead", "tensor", "pipeline", "pipeline_sleep"]
-    names += ["single_gpu"]
+    names += ["single_gpu", "kernels"]
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("which", nargs="*", choices=[*names, []], default=[], metavar="NAME", help=", ".join(names))
     parser.add_argument("--blocks", type=int, help="timed blocks of each contestant")
@@ -161,7 +172,7 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "9"}  # one thread; the profiler keeps quiet
     check_contestants(chosen.contestant)
-    from tools.bench import data_parallel, overhead, pipeline, pipeline_sleep, sharded, single_gpu, tensor
+    from tools.bench import data_parallel, kernels, overhead, pipeline, pipeline_sleep, sharded, single_gpu, tensor
 
     benchmarks: dict[str, Callable[[], Any]] = {
         "overhead": lambda: overhead.run(chosen.blocks, chosen.case),
@@ -172,6 +183,7 @@ def main() -> None:
         "pipeline": lambda: pipeline.run(chosen.blocks, chosen.case, chosen.contestant),
         "pipeline_sleep": lambda: pipeline_sleep.run(chosen.blocks, chosen.case),
         "single_gpu": lambda: single_gpu.run(chosen.blocks, chosen.contestant),
+        "kernels": lambda: kernels.run(chosen.blocks, chosen.case, chosen.contestant),
     }
     results: dict[str, Any] = {"machine": machine()}
     for name in chosen.which or names:
