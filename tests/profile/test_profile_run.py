@@ -1,5 +1,6 @@
 """``camshaft profile`` on a real small run: files, sums, what it must leave alone, refusals."""
 
+import ast
 import hashlib
 import json
 import os
@@ -195,6 +196,13 @@ def test_a_plugins_range_is_listed_and_modules_are_as_before(recipe, tmp_path):
         assert after == hooks
     found = [each for each in read(tmp_path / "out" / "trace.json").host if each.name == "ranger.forward"]
     assert len(found) == 4
+
+
+def test_training_knows_nothing_of_it():
+    """What is not profiled pays nothing: not even an import."""
+    script = "import sys, camshaft.loop, camshaft.cli.train; print([name for name in sys.modules if 'profil' in name])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert [name for name in ast.literal_eval(done.stdout) if name.startswith("camshaft")] == []
 
 
 class Stop(Quiet):

@@ -106,6 +106,14 @@ def test_papers_go_along_on_demand(make_state, monkeypatch):
     assert not list((run.parent / "home").rglob("artifacts"))  # what waits for its upload stays in the run directory
 
 
+def test_a_certificate_that_only_the_status_tells_of_goes_along(make_state):
+    state = make_state()
+    proof = {"result": "passed", "valid_for": "0123"}
+    (state.world.run.path / "status.json").write_text(json.dumps({"certificate": proof}))
+    (files,) = record(state, [train_record(10)], artifacts=["certificate"]).artifacts.values()
+    assert json.loads(files["certificate.json"]) == proof
+
+
 def test_without_the_option_nothing_goes_along(make_state):
     state = make_state()
     started(state.world.run.path)

@@ -93,6 +93,9 @@ class Recorder:
                 ranges.installed(self._trainer.stepper, modules, before),
             ):
                 self._window(settings)
+                self._settle()
+                if self._cuda:
+                    torch.cuda.reset_peak_memory_stats(state.world.device)
                 for _ in range(settings.steps):
                     self._settle()
                     found.gradients = found.gradients[: len(found.recorded_s)]  # not that of the window before
