@@ -129,3 +129,12 @@ def test_the_same_command_finds_an_unfinished_run_whose_micro_batch_was_found(au
     other = take(load(resolved.path, ["seed=9"]), fresh=False)
     other.lock.release()
     assert not other.continued
+
+
+def test_overrides_of_the_same_keys_give_way(automatic):
+    resolved = automatic()
+    changes = ["batch.micro_batch_size=auto", "seed=4", "run.dir=elsewhere"]
+    settled = finding.changed(changes, {"batch.micro_batch_size": 6, "run.dir": "here"})
+    assert settled == ("seed=4", "batch.micro_batch_size=6", "run.dir=here")
+    recipe = load(resolved.path, settled).recipe
+    assert (recipe.batch.micro_batch_size, recipe.run.dir, recipe.seed) == (6, "here", 4)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from camshaft.cli import ranks
 from camshaft.cli.streams import announce
 from camshaft.errors import Interrupted, MachineError, OutOfMemory, RecipeError
 from camshaft.host import Host
+from camshaft.processes import kernel_memory_kills
 from camshaft.recipe import check, load
 from camshaft.recipe.checks import AUTO
 from camshaft.rundir import Choice, RunDirectory
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 CONTEXT_BYTES = 1 << 30
 """Of a GPU's memory, for what is not tensors: context, libraries, workspaces."""
 
-FOLDER = "trials"
+FOLDER, MICRO = "trials", "batch.micro_batch_size"
 
 
 def asked(resolved: Resolved) -> bool:
@@ -54,7 +56,7 @@ def refuse(resolved: Resolved, world_size: int) -> None:
         size = finder.planned(peaks(resolved, world_size, "any"), memory)
         fix += f": {size} fits by the plan"
     message = "auto is found in trials, which a launcher of your own cannot start"
-    raise RecipeError(resolved.problem("batch.micro_batch_size", message, fix))
+    raise RecipeError(resolved.problem(MICRO, message, fix))
 
 
 def chosen(resolved: Resolved, world_size: int) -> tuple[Resolved, str]:
@@ -143,63 +145,72 @@ def settle(
     choice = take(resolved)
     try:
         found = finder.read(choice.directory.path) if choice.continued else None
-        checked = check(resolved, processes, device=device).require()
-        assert checked.mesh is not None
-        batch = (resolved.recipe.batch.global_batch_size, checked.mesh.batch_degree)
-        if found is None or not found.serves(*batch):
-            found = _find(resolved, changes, processes, device, choice.directory, batch)
+        search = _Search(resolved, tuple(changes), processes, device, choice.directory)
+        if found is None or not found.serves(*search.batch):
+            found = search.run()
             found.write(choice.directory.path)
         announce(f"micro batch  {found.micro_batch_size}, found for auto ({choice.directory.path / finder.FILE})")
     finally:
         choice.lock.release()
-    settled = (*changes, f"batch.micro_batch_size={found.micro_batch_size}", f"run.dir={choice.directory.path}")
+    settled = changed(changes, {MICRO: found.micro_batch_size, "run.dir": choice.directory.path})
     return load(resolved.path, settled, world_size=processes), settled
 
 
-def _find(
-    resolved: Resolved,
-    changes: Sequence[str],
-    processes: int,
-    device: str,
-    directory: RunDirectory,
-    batch: tuple[int, int],
-) -> Found:
-    memory, expected = memory_of(resolved, processes, device), peaks(resolved, processes, device)
-
-    def attempt(size: int) -> Trial:
-        announce(f"trying        micro batch {size}: planned {expected[size] / 2**30:.3g} of {memory / 2**30:.3g} GiB")
-        tried = _attempt(resolved, changes, processes, device, directory, size, batch[1])
-        announce(f"              {'fits' if tried.fits else f'does not fit: {tried.why}'}")
-        return tried
-
-    size, trials = finder.search(expected, memory, attempt)
-    return finder.Found(size, finder.planned(expected, memory), memory, *batch, trials)
+def changed(changes: Sequence[str], values: Mapping[str, object]) -> tuple[str, ...]:
+    """Overrides with ``values`` in place of what they said of the same keys."""
+    others = (each for each in changes if each.partition("=")[0].strip() not in values)
+    return (*others, *(f"{key}={value}" for key, value in values.items()))
 
 
-def _attempt(
-    resolved: Resolved,
-    changes: Sequence[str],
-    processes: int,
-    device: str,
-    directory: RunDirectory,
-    size: int,
-    data_ranks: int,
-) -> Trial:
-    """One trial, with as many microbatches as tell what a window holds at most: 2, or those of a full pipeline."""
-    recipe = resolved.recipe
-    folder = directory.path / FOLDER / f"micro_{size}"
-    shutil.rmtree(folder, ignore_errors=True)
-    enough = max(2, 2 * recipe.parallel.pipeline_parallel)
-    total = min(recipe.batch.global_batch_size, size * data_ranks * enough)
-    tried = (*changes, f"batch.micro_batch_size={size}", f"batch.global_batch_size={total}", f"run.dir={folder}")
-    try:
-        if processes > 1:
-            _on_ranks(load(resolved.path, tried), tried, processes, device, folder)
-        else:
-            _in_a_process(resolved, tried, folder)
-    except OutOfMemory as error:
-        return finder.Trial(size, False, None, str(error))
-    return finder.Trial(size, True, max(json.loads(path.read_text()) for path in folder.glob("rank_*.peak.json")))
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """What a search is for, and where its trials leave their logs."""
+
+    resolved: Resolved
+    changes: tuple[str, ...]
+    processes: int
+    device: str
+    directory: RunDirectory
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Global batch, and ranks that it is divided over."""
+        checked = check(self.resolved, self.processes, device=self.device).require()
+        assert checked.mesh is not None
+        return self.resolved.recipe.batch.global_batch_size, checked.mesh.batch_degree
+
+    def run(self) -> Found:
+        memory = memory_of(self.resolved, self.processes, self.device)
+        expected, batch = peaks(self.resolved, self.processes, self.device), self.batch
+
+        def attempt(size: int) -> Trial:
+            planned, limit = (f"{value / 2**30:.3g}" for value in (expected[size], memory))
+            announce(f"trying       micro batch {size}: {planned} GiB by the plan, of {limit}")
+            tried = self._attempt(size, *batch)
+            announce(f"             {'fits' if tried.fits else f'does not fit: {tried.why}'}")
+            return tried
+
+        size, trials = finder.search(expected, memory, attempt)
+        return finder.Found(size, finder.planned(expected, memory), memory, *batch, trials)
+
+    def _attempt(self, size: int, total: int, data_ranks: int) -> Trial:
+        """One trial, of two microbatches a window, which hold as much as more of them; of a pipeline, which may hold
+        all of them at once, of the whole window.
+        """
+        folder = self.directory.path / FOLDER / f"micro_{size}"
+        shutil.rmtree(folder, ignore_errors=True)
+        if self.resolved.recipe.parallel.pipeline_parallel == 1:
+            total = min(total, 2 * size * data_ranks)
+        tried = changed(self.changes, {MICRO: size, "batch.global_batch_size": total, "run.dir": folder})
+        try:
+            if self.processes > 1:
+                _on_ranks(load(self.resolved.path, tried), tried, self.processes, self.device, folder)
+            else:
+                _in_a_process(self.resolved, tried, folder)
+        except OutOfMemory as error:
+            return finder.Trial(size, False, None, str(error))
+        most = max(json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank_*.peak.json"))
+        return finder.Trial(size, True, most)
 
 
 def _on_ranks(resolved: Resolved, changes: Sequence[str], processes: int, device: str, folder: Path) -> None:
@@ -215,14 +226,17 @@ def _on_ranks(resolved: Resolved, changes: Sequence[str], processes: int, device
 def _in_a_process(resolved: Resolved, changes: Sequence[str], folder: Path) -> None:
     logs = RunDirectory(folder).create().logs
     line = [sys.executable, "-m", "camshaft", "trial", str(resolved.path), *changes]
+    kills = kernel_memory_kills()
     with (logs / "trial.log").open("wb") as log:
         status = subprocess.run(line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode
     if status == 0:
         return
     last = (logs / "trial.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     text = f"{''.join(last) or f'ended with status {status}'}. Log: {logs / 'trial.log'}"
-    if status in (OutOfMemory.exit_status, -9):  # the kernel's killer leaves no word
-        raise OutOfMemory(text if status > 0 else f"the trial was killed. Log: {logs / 'trial.log'}")
-    if status in (Interrupted.exit_status, -2):
+    if status == -signal.SIGKILL and kernel_memory_kills() > kills:
+        raise OutOfMemory(f"the kernel killed the trial for memory. Log: {logs / 'trial.log'}")
+    if status == OutOfMemory.exit_status:
+        raise OutOfMemory(text)
+    if status in (Interrupted.exit_status, -signal.SIGINT):
         raise Interrupted("stopped while looking for a micro batch that fits")
     raise MachineError(f"a trial failed, of something else than memory: {text}")
