@@ -55,6 +55,8 @@ RULES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "save": {},
 }
 """Hook to what may be written in it, and the resources one of which a plugin must have claimed for it."""
+SUMMED = frozenset({"reduce_parts", "post_reduce"})
+"""Hooks after which gradients are sums, padding too."""
 TRAVELLING = frozenset({"pre_forward", "around_forward", "post_backward", "reduce"})
 """Hooks during which sums of gradients may be on their way."""
 
@@ -83,9 +85,31 @@ class Contracts:
             before = self._look(hook, kinds)
             result = function(*arguments)
             self._compare(plugin, hook, before, self._look(hook, kinds))
+            if hook in SUMMED:
+                self._check_padding(plugin, hook)
             return result
 
         return watched
+
+    def _check_padding(self, plugin: str, hook: str) -> None:
+        """What fills a part up, between and behind its pieces, is 0 in a gradient: norms are taken of all of it."""
+        for part in self._state.world.parts:
+            gradient = part.tensor.grad
+            if gradient is None or hasattr(gradient, "to_local") or gradient.shape != part.tensor.shape:
+                continue
+            if sum(piece.length for piece in part.pieces) == gradient.numel():
+                continue
+            rest = gradient.detach().reshape(-1).clone()
+            for piece in part.pieces:
+                rest[piece.place : piece.place + piece.length] = 0
+            if bool(rest.any()):
+                near = part.pieces[0].name if part.pieces else "nothing"
+                raise ContractBroken(
+                    plugin,
+                    hook,
+                    f"left other numbers than 0 in the padding of the gradient of '{near}' and what lies with it, in "
+                    f"step {self._state.step + 1}: the norm counts them",
+                )
 
     def wrap(self, plugin: str, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same of a middleware: what it wraps may write anything, and it may not, before and after it."""
