@@ -71,6 +71,13 @@ def test_mixed_dtypes(hidden, residual, weight):
     compare(norm_alone(kernels()), norm_alone(ops), values[0], values[2])
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_statistics_in_the_wider_dtype(dtypes):
+    hidden, weight = randn(5, 33, dtype=dtypes[0]), randn(33, dtype=dtypes[1])
+    results = compare(norm_alone(kernels()), norm_alone(ops), hidden, weight)
+    assert results[0].dtype == torch.float64
+
+
 def strided(kind):
     """[6, 4, 10] with other strides."""
     if kind == "columns of a wider matrix":

@@ -40,7 +40,7 @@ def forward_kernel(
         other = tl.load(residual + row * residual_stride + column, mask=there, other=0.0)
         value = narrow(wide(value) + wide(other), summed.dtype.element_ty)
         tl.store(summed + row * columns + column, value, mask=there)
-    value = wide(value)
+    value = value.to(scales.dtype.element_ty)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 1)[:, None] / columns + eps)
     tl.store(scales + row, scale, mask=row < count)
     gain = wide(tl.load(weight + column, mask=column < columns, other=0.0))

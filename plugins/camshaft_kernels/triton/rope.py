@@ -29,7 +29,7 @@ def turn_heads(
     """All ``COUNT`` heads of one token, ``HEADS`` at a time."""
     column = tl.arange(0, BLOCK)[None, :]
     for start in range(0, COUNT, HEADS):
-        head = start + tl.arange(0, HEADS)[:, None]
+        head = (start + tl.arange(0, HEADS)[:, None]).to(tl.int64)
         there = (head < COUNT) & (column < half)
         first = source + head * source_head + column
         x1 = wide(tl.load(first, mask=there, other=0.0))
