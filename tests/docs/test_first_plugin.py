@@ -92,6 +92,20 @@ def test_three_steps_train_and_every_matrix_keeps_the_bound(tutorial: Tutorial, 
     assert max(value for name, value in largest.items() if name not in matrices) > 0.1  # norms and embeddings are free
 
 
+def test_the_conformance_tests_of_the_page_pass(tutorial: Tutorial) -> None:
+    rules = ["-v", "-rs", "-p", "no:cacheprovider", "--rootdir", str(tutorial.folder), "-c", os.devnull]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *rules, "weight-clip/test_weight_clip.py"],
+        cwd=tutorial.folder,
+        env={**os.environ, "PYTHONPATH": str(tutorial.site), "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b9 passed, 2 skipped\b", done.stdout), done.stdout
+
+
 def largest_entries(run: Path) -> dict[str, float]:
     """Largest absolute value of each parameter in the run's last checkpoint."""
     from safetensors.numpy import load_file

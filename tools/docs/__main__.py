@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from camshaft.recipe.json_schema import build
-from tools.docs import hooks, picture, readme, recipe, schedules
+from tools.docs import examples, hooks, picture, readme, recipe, schedules
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +21,7 @@ def generate(root: Path) -> dict[Path, str]:
         docs / "recipe.md": recipe.page(),
         docs / "images" / "run-light.svg": picture.draw(picture.LIGHT),
         docs / "images" / "run-dark.svg": picture.draw(picture.DARK),
+        **examples.pages(docs / "plugins" / "examples"),
         **{docs / "images" / name: text for name, text in schedules.pictures().items()},
         root / "recipes" / "recipe.schema.json": json.dumps(build(), indent=2) + "\n",
         root / "README.md": readme.refresh((root / "README.md").read_text(encoding="utf-8")),
