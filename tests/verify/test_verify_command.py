@@ -115,3 +115,25 @@ def test_a_recipe_at_fault_is_told_as_ever(tmp_path, capsys):
     recipe(tmp_path, "ddp")
     assert command(tmp_path, "ddp", "parallel.tensor_parallel=3") == 2
     assert "error:" in capsys.readouterr().err
+
+
+def stays_away(right):
+    """Rank 1 does not take part in the sums."""
+    import torch.distributed as dist
+    from verify_changes import no_sum
+
+    def launch(bucket, channel, dtype):
+        (no_sum if dist.get_rank() == 1 else right)(bucket, channel, dtype)
+
+    return launch
+
+
+def test_ranks_that_wait_for_one_that_never_comes_are_a_finding(tmp_path, monkeypatch):
+    from camshaft.verify import shrink
+
+    monkeypatch.setattr(shrink, "TIMEOUT_S", 4)
+    resolved = recipe(tmp_path, "ddp")
+    with planted(Fault("stays away", "ddp", "ddp", "camshaft_ddp.bucket:Bucket.launch", stays_away)):
+        report = verify(resolved)
+    assert report.finding.plugins == ("ddp",), str(report.finding)
+    assert report.finding.smallest == ("ddp",) and report.seconds < 120
