@@ -162,6 +162,7 @@ def test_ranks_are_started_by_a_launcher_as_for_training(recipe, tmp_path):
         (["--out=text.jsonl"], "not an empty folder"),
         (["training.maxsteps=1"], "max_steps"),
         (["--steps=0"], "--steps"),
+        (["batch.micro_batch_size=auto"], "auto is found by `camshaft train`"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused_with_status_2(recipe, capsys, arguments, message):

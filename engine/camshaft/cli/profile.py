@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from camshaft.cli import train
+from camshaft.cli import finding, train
 from camshaft.cli.console import OverridesArgument, RecipeArgument
 from camshaft.cli.launch.claim import begin, end
 from camshaft.cli.streams import announce
@@ -73,6 +73,7 @@ def profile(
         resolved = load(recipe, changes)
         processes, device = train.local_processes(resolved)
         check(resolved, processes, device=device).require()
+        _settled(resolved)
         train.prepare_data(resolved)
         if processes > 1:
             words = ("profile", f"--steps={steps}", f"--warmup={warmup}")
@@ -139,10 +140,18 @@ def lean(recipe: str, changes: Sequence[str], world_size: int) -> tuple[Resolved
     resolved = load(recipe, changes, world_size=world_size)
     checked = check(resolved, world_size, device="any")
     checked.require()
+    _settled(resolved)
     left_out = telling(Host.of(resolved.recipe.plugins), checked)
     resolved = load(recipe, [*changes, *(f"plugins.{name}=null" for name in left_out)], world_size=world_size)
     check(resolved, world_size, device="any").require()
     return resolved, left_out
+
+
+def _settled(resolved: Resolved) -> None:
+    """Refuse a micro batch that is yet to be found: a profile is of one size."""
+    if finding.asked(resolved):
+        fix = "give batch.micro_batch_size=N, for example what `camshaft train` found (in its resolved.yaml)"
+        raise RecipeError(resolved.problem(finding.MICRO, "auto is found by `camshaft train`, not by a profile", fix))
 
 
 def _profile(
