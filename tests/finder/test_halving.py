@@ -14,6 +14,8 @@ QUIET = {"bucket_size_mb": 0.005, "overlap": False}
 OWNERS = {
     "plain": ({"ddp": None}, 1),
     "ddp": ({"ddp": QUIET}, 2),
+    "recompute": ({"ddp": None, "recompute": {"mode": "full"}}, 1),
+    "ddp, recompute": ({"ddp": QUIET, "recompute": {"mode": "selective"}}, 2),
     "zero 1": ({"ddp": None, "zero": {"stage": 1, **QUIET}}, 2),
     "zero 2": ({"ddp": None, "zero": {"stage": 2, "reduce": "last", **QUIET}}, 2),
 }
