@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from camshaft.activations import Kept
-    from camshaft.estimate import Sizes
+    from camshaft.estimate import Estimate, Sizes
     from camshaft.state import State, World
     from camshaft_recompute.runtime import Runtime
 
@@ -60,6 +60,23 @@ class Plugin(camshaft.Plugin):
         from camshaft_recompute.table import changed
 
         return changed(self.options, context, sizes, kept)
+
+    @camshaft.hookimpl
+    def estimate(self, context: camshaft.PlanContext) -> Estimate | None:
+        """Say what the plan does not count: who divides modules knows what they exchange, and not that it does so
+        again.
+        """
+        from camshaft.estimate import Estimate
+
+        divided = [axis.name for axis in context.mesh.axes if axis.degree > 1 and not axis.splits_batch]
+        inside = [name for name in divided if name != "pp"]
+        if self.options.mode not in ("full", "selective") or not inside:
+            return None
+        note = (
+            f"What modules exchange along {' and '.join(inside)} in their forward, they exchange again when they are "
+            "recomputed, up to the last tensor that backward needs; that is not in the bytes sent."
+        )
+        return Estimate(notes=(note,))
 
     @camshaft.hookimpl
     def recompute(self, world: World, model: Module) -> None:

@@ -118,14 +118,6 @@ def test_two_ranks(make_recipe, plain, parallel, mode):
     assert_same(train(make_recipe, 2, MODES[mode], **settings), wanted)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_deepspeed_provider(make_recipe, stage):
-    plugins = {"ddp": None, "deepspeed": {"stage": stage, "reduce_bucket_size": 3000}}
-    wanted = train(make_recipe, 2, plugins=plugins)
-    for mode in ("full", "selective"):
-        assert_same(train(make_recipe, 2, MODES[mode], plugins=plugins), wanted)
-
-
 def test_all_at_once_against_one_plain_process(make_recipe):
     """Four ranks: stages in a V, tokens divided, no recomputation in the reference, which is a plain loop: fp64."""
     bounds = {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15}

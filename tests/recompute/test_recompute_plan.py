@@ -31,6 +31,14 @@ def saved(make_recipe, ranks, options, **settings):
     ]
 
 
+def test_the_plan_says_what_it_does_not_count(make_recipe):
+    for parallel, said in (("tp", True), ("sp", True), ("pp", False)):
+        resolved = recipe(make_recipe, 2, FULL, **PARALLEL[parallel])
+        checked = check(resolved, 2, device="cpu").require()
+        found = Ranks(checked, Host.of(resolved.recipe.plugins)).holding(0).estimate.notes
+        assert any("exchange again" in note for note in found) == said
+
+
 def run(make_recipe, ranks, options, **settings):
     resolved = recipe(make_recipe, ranks, options, **settings)
     found = run_ranks(ranks, measured, resolved, {}, timeout_s=100)

@@ -1,13 +1,17 @@
 """One module by itself: what it keeps, how it runs again, and what is refused."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_recompute_bytes import Living
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from camshaft_pipeline.deferral import Deferral
 from camshaft_recompute import ambient, offload
 from camshaft_recompute.keeping import Keeper, _First
 from camshaft_recompute.kinds import makes, of_kinds
@@ -505,3 +509,51 @@ def test_a_compiler_gets_torchs_own_form_and_one_graph_for_all_layers(keep):
     compiled = layers[0].forward
     regions[0].close()
     assert layers[0].forward is compiled and regions[0].plain, "the compiler's forward stays where it is"
+
+
+@pytest.mark.parametrize("keep", ["full", "products"])
+def test_between_both_halves_of_a_split_backward_only_pairs_are_held(keep):
+    """I lets the module run again and notes pairs for W; what else was made again goes when I is over."""
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16, bias=False)
+
+        def forward(self, hidden):
+            out = self.linear(hidden)
+            for _ in range(8):
+                out = torch.sigmoid(out) * out.tanh()
+            return out
+
+    torch.manual_seed(1)
+    plain, net = Chain(), Chain()
+    plain.load_state_dict(net.state_dict())
+    region(net, KEEP[keep])
+    deferral = Deferral({0: list(net.parameters())}, CPU)
+    deferral.watch(net)
+    hidden, gradient = torch.randn(1000, 16, requires_grad=True), torch.randn(1000, 16)
+    with Living() as living:
+        made = net(hidden)
+        edge = get_gradient_edge(made)
+        del made
+        (towards,) = deferral.inputs((0, 0), edge, gradient, [hidden])
+        del edge
+    held = living.bytes() - towards.nbytes
+    assert held == hidden.nbytes, "the gradient of the product; its input is the module's own"
+    assert net.linear.weight.grad is None
+    deferral.weights((0, 0))
+    (wanted, of_weight) = torch.autograd.grad(plain(hidden), [hidden, plain.linear.weight], gradient)
+    assert torch.equal(towards, wanted) and torch.equal(net.linear.weight.grad, of_weight)
+
+
+def test_a_forward_that_is_given_up_is_not_counted():
+    tally = Tally(state=SimpleNamespace(microbatch=0, stage=0))
+    net = nn.Sequential(nn.Tanh(), nn.Sigmoid())
+    made = Region("net", net, CPU, tally, None)
+    made.install()
+    for rows in (6, 3):  # a batch that does not fit, and a half of it
+        tally.begin()
+        net(torch.randn(rows, 4, requires_grad=True)).sum().backward()
+    assert [each.inputs for each in tally.calls] == [48]
+    assert tally.saved_bytes == 2 * 48 - 48, "both results, and the input, which autograd would not have held"
