@@ -150,6 +150,21 @@ def test_fp64_stays_so_under_autocast():
         assert got.dtype == torch.float64 and distance(got, plain) < 1e-13
 
 
+@pytest.mark.parametrize("parameters", [torch.float16, torch.float32], ids=["fp16", "autocast"])
+def test_fp16_keeps_gradients_that_only_the_loss_scale_brings_back(parameters):
+    """A word of probability 3e-8: its row's gradient is lost if the logits' gradient is rounded before the scale."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 16, generator=generator, dtype=torch.float64) * 0.02
+    hidden = torch.randn(1, 300, 16, generator=generator, dtype=torch.float64) * 0.1
+    hidden[..., 0], weight[7, 0] = 3.0, -4.5
+    hidden, weight, labels = hidden.to(parameters), weight.to(parameters), torch.full((1, 300), 3)
+    exact = run(apart, hidden.double(), weight.double(), labels, factor=16.0)[2][7]
+    with torch.autocast("cpu", torch.float16, enabled=parameters == torch.float32):
+        _, towards, product = run(linear_cross_entropy, hidden, weight, labels, factor=16.0)
+    assert 1e-5 < exact.norm() < 1e-2 and distance(product[7], exact) < 0.02
+    assert product.dtype == towards.dtype == parameters and product.isfinite().all() and towards.isfinite().all()
+
+
 def test_the_logits_of_all_tokens_are_never_there():
     """Bytes that are alive at the fullest moment, beyond the inputs, by a mode that sees every tensor made."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -66,13 +66,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         loss, *gradients = _run(hidden, weight, labels, rows, dtype, ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
+        ctx.gain, ctx.dtypes = gain_of(dtype), (hidden.dtype, weight.dtype)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         # In place: these may be the largest tensors of the step. A second backward finds them changed, and is an error.
-        return *(None if each is None else each.mul_(factor) for each in ctx.saved_tensors), None, None, None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        found = (None if each is None else each.mul_(factor / ctx.gain).to(dtype) for each, dtype in pairs)
+        return *found, None, None, None
 
 
 Made = tuple[Tensor, Tensor | None, Tensor | None]
@@ -81,7 +84,10 @@ Made = tuple[Tensor, Tensor | None, Tensor | None]
 def _run(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype, needs: tuple[bool, bool]
 ) -> Made:
-    """(loss, gradient of ``hidden`` [T, h], gradient of ``weight``), each gradient in its tensor's dtype or None."""
+    """(loss, gradient of ``hidden`` [T, h], gradient of ``weight``), gradients times ``gain_of(dtype)``, or None.
+
+    Each gradient is in its tensor's dtype, but for that of a weight in fp16: until it is scaled it is fp32.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     sums = torch.promote_types(weight.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -95,12 +101,14 @@ def _run(
             loss += losses
             if slope is None:
                 continue
-            slope = slope.to(dtype)
+            slope = slope.mul_(gain_of(dtype)).to(dtype)
             if towards is not None:
                 towards[begin : begin + rows] = slope @ table
             if product is not None:
                 _add_product(product, slope, part)
-    return loss, towards, None if product is None else product.to(weight.dtype)
+    if product is not None and weight.dtype != torch.float16:
+        product = product.to(weight.dtype)
+    return loss, towards, product
 
 
 def _chunk(
@@ -118,7 +126,16 @@ def _chunk(
     return losses, slope.masked_fill_(ignored.unsqueeze(-1), 0.0)
 
 
+def gain_of(dtype: torch.dtype) -> float:
+    """What gradients of logits are multiplied by while they are in ``dtype``: fp16 loses what is below 6e-8, which the
+    loss scale, that comes only in backward, cannot bring back.
+    """
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
 def _add_product(total: Tensor, slope: Tensor, part: Tensor) -> None:
+    if slope.dtype == torch.float16:  # sums over a chunk, times the gain, may be above what it holds
+        slope, part = slope.to(total.dtype), part.to(total.dtype)
     if total.dtype == slope.dtype:
         total.addmm_(slope.t(), part)
     else:
