@@ -1,0 +1,141 @@
+"""Tensors that wait on the host: what leaves, when it comes back, and that it is what it was."""
+
+import torch
+from recompute_modules import CPU, assert_equal, build, run
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from camshaft_recompute import offload
+from camshaft_recompute.offload import Line, Offloaded
+from camshaft_recompute.tally import Tally
+
+
+def offloaded(net, least=0):
+    line = Line(CPU, lambda: (0, 0))
+    made = Offloaded("net", net, CPU, Tally(), least, line)
+    made.install()
+    return made
+
+
+def test_what_waits_on_the_host_comes_back_equal():
+    wanted, net = run(build()), build()
+    made = offloaded(net)
+    assert_equal(run(net), wanted)
+    assert net.calls == 2, "nothing ran again"
+    made.close()
+    assert "forward" not in vars(net)
+
+
+def test_memory_of_the_device_is_released_and_comes_back_for_one_module_ahead():
+    """Three layers: their insides leave; the backward of the last brings back its own and those of the one before."""
+
+    class Layer(nn.Module):
+        def forward(self, hidden):
+            return hidden + torch.sigmoid(torch.sigmoid(hidden).tanh())
+
+    line, sent, layers = Line(CPU, lambda: (0, 0)), [], [Layer() for _ in range(3)]
+    back = []
+    away, returned = line.lane.away, line.lane.back
+
+    def spy(flat):
+        sent.append(StorageWeakRef(flat.untyped_storage()))
+        return away(flat)
+
+    def spy_back(host):
+        back.append(host)
+        return returned(host)
+
+    line.lane.away, line.lane.back = spy, spy_back
+    for number, layer in enumerate(layers):
+        Offloaded(str(number), layer, CPU, Tally(), 0, line).install()
+    hidden = torch.randn(5, 4, requires_grad=True) * 1.0
+    made, seen = hidden, []
+    for layer in layers:
+        made = layer(made)
+        made.register_hook(lambda gradient: seen.append(len(back)))
+    assert len(sent) == 9 and all(each.expired() for each in sent), "sigmoid, sigmoid and tanh of each layer"
+    made.sum().backward()
+    assert seen == [0, 6, 9], "when the last layer's backward begins, when the middle one's does, and the first one's"
+
+
+def test_small_tensors_parameters_and_shared_inputs_stay():
+    sent = []
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, hidden, table):
+            return (hidden @ self.weight.t() * table).tanh() + hidden[:, :1].sigmoid()
+
+    layer = Layer()
+    made = offloaded(layer, least=4096)
+    away = made._line.lane.away
+    made._line.lane.away = lambda flat: (sent.append(flat.numel()), away(flat))[1]
+    hidden, table = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
+    layer(hidden * 1, table).sum().backward()
+    assert sent == [32 * 64 * 4] * 2, "the input, and the last result: each once"
+
+
+def test_strides_and_offsets_come_back():
+    class Slices(nn.Module):
+        def forward(self, hidden):
+            one, other = (hidden * 2).chunk(2, -1)
+            return one.t().sigmoid() * other.transpose(0, 1)[:, :3].sum() + one.t().exp()
+
+    found = []
+    for away in (False, True):
+        net = Slices()
+        if away:
+            offloaded(net)
+        torch.manual_seed(3)
+        hidden = torch.randn(6, 8, requires_grad=True)
+        net(hidden).sum().backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found)
+
+
+class Recorded:
+    """Stands for a stream of CUDA."""
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for all of {other.name}")
+
+    def record_event(self):
+        self.told.append(f"{self.name} marks")
+        return f"mark of {self.name}"
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event}")
+
+    def __enter__(self):
+        self.told.append(f"on {self.name}")
+
+    def __exit__(self, *error):
+        self.told.append("off")
+
+
+def test_streams_wait_for_each_other_and_memory_for_both(monkeypatch):
+    """What a GPU would be asked for, in order: the copies themselves run on this machine."""
+    told = []
+    main, side = Recorded("main", told), Recorded("side", told)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(offload, "_pinned", torch.empty_like)
+    lane = offload.Lane(torch.device("cuda"))
+    lane._device = CPU
+    flat = torch.arange(8, dtype=torch.uint8)
+    host, sent = lane.away(flat)
+    assert told == ["side waits for all of main", "on side", "kept for side", "off", "side marks"]
+    assert torch.equal(host, flat) and host.data_ptr() != flat.data_ptr() and sent is not None
+    told.clear()
+    back, event = lane.back(host)
+    lane.arrive(back, event)
+    assert told == ["on side", "off", "side marks", "main waits for mark of side", "kept for main"]
+    assert torch.equal(back, flat)
