@@ -71,8 +71,13 @@ def rank(number, world_size, path, changes, settings, folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("plugins.ddp=null", "plugins.zero={stage: 3}"), ("plugins.ddp=null", "plugins.zero={stage: 2}")],
-    ids=["ddp", "zero3", "zero2"],
+    [
+        (),
+        ("plugins.ddp=null", "plugins.zero={stage: 3}"),
+        ("plugins.ddp=null", "plugins.zero={stage: 2}"),
+        ("plugins.recompute={mode: full}",),
+    ],
+    ids=["ddp", "zero3", "zero2", "recompute"],
 )
 def test_two_ranks_leave_traces_whose_parts_add_up(recipe, tmp_path, changes):
     out = tmp_path / "out"
@@ -94,10 +99,13 @@ def test_two_ranks_leave_traces_whose_parts_add_up(recipe, tmp_path, changes):
         trace = read(out / f"trace_rank_{number}.json")
         forwards = [each for each in trace.host if each.name == "camshaft/phase/forward"]
         assert len(trace.windows) == 1 and len(forwards) == 2  # two microbatches
+        modules = [each for each in trace.host if each.name == "camshaft/module/model.layers.1.mlp"]
+        assert len(modules) == (4 if "recompute" in str(changes) else 2)
+        assert all(above.name != each.name for each in modules for above in each.parent.chain())  # all were closed
         events = json.loads((out / f"trace_rank_{number}.json").read_text())["traceEvents"]
         drawn = [event["args"]["bytes"] for event in events if event["ph"] == "C"]
         assert max(drawn) == found["memory"]["peak_bytes"]
-        check_memory(found["memory"], divided=bool(changes))
+        check_memory(found["memory"], divided="plugins.ddp=null" in changes)
     assert document["mfu"]["mfu"] is None and "CPU" in document["mfu"]["reason"]
     assert "exposed" in words[0] and "largest owners" in words[0] and "MFU unknown" in words[0]
 

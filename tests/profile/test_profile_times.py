@@ -4,6 +4,7 @@ import pytest
 from profile_traces import Writer
 
 from camshaft.profiling.findings import plain_seconds
+from camshaft.profiling.report import _overhead
 from camshaft.profiling.times import phases, ranges, spent
 
 
@@ -23,6 +24,7 @@ def host_trace():
     writer.host("autograd::engine::evaluate_function: BmmBackward0", 410, 500, **{"Sequence number": 4})
     writer.host("aten::bmm", 420, 490)
     writer.host("autograd::engine::evaluate_function: MulBackward0", 500, 520, **{"Sequence number": 9})
+    writer.host("PythonDispatchMode", 530, 540)
     writer.host("aten::mul", 505, 515)
     writer.range("camshaft/wait/ddp/post_backward/all_reduce/dp", 600, 700)
     writer.range("camshaft/blocked", 610, 690)
@@ -42,8 +44,8 @@ def test_kinds_of_work_and_idle_time_add_up_to_the_window():
         "optimizer": 80,
         "communication": 80,
         "data": 50,
-        "other": 10,
-        "idle": 1000 - (80 + 90 + 90 + 20 + 80 + 80 + 50),
+        "other": 10 + 10,
+        "idle": 1000 - (80 + 90 + 90 + 20 + 10 + 80 + 80 + 50),
     }
     assert sum(found.groups.values()) == pytest.approx(1000)
     assert found.operations["matrix products", "aten::mm"] == (60, 1)
@@ -96,3 +98,15 @@ def test_kernels_are_told_by_their_launcher_and_by_their_name():
 def test_the_first_window_does_not_tell_the_profilers_cost():
     assert plain_seconds([]) is None and plain_seconds([9.0]) is None
     assert plain_seconds([9.0, 1.0, 3.0, 2.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("plain", "words"),
+    [
+        (None, "two warm-up windows"),
+        (80.0, "80.00 ms without: it costs 25.0 %"),
+        (900.0, "raise --warmup"),
+    ],
+)
+def test_what_the_profiler_costs_is_said_or_why_it_is_unknown(plain, words):
+    assert words in _overhead({"window_ms": 100.0, "plain_window_ms": plain})

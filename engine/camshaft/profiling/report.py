@@ -66,6 +66,8 @@ def _overhead(first: Finding) -> str:
     plain = first["plain_window_ms"]
     if plain is None:
         return "; what that costs takes two warm-up windows to tell"
+    if plain > first["window_ms"]:
+        return f"; the windows before took {plain:.2f} ms without it: raise --warmup to tell what it costs"
     return (
         f", {plain:.2f} ms without: it costs {_share(first['window_ms'] - plain, plain)} (rates below are without it)"
     )

@@ -92,7 +92,7 @@ def _gather(environment: Environment, own: dict[str, Any]) -> list[dict[str, Any
 
 def _mfu(state: State, own: dict[str, Any], recording: Recording) -> dict[str, Any]:
     world = state.world
-    seconds = (own["plain_window_ms"] or own["window_ms"]) / 1e3
+    seconds = min(own["plain_window_ms"] or own["window_ms"], own["window_ms"]) / 1e3
     tokens = sum(recording.tokens) / len(recording.tokens)
     fast = torch.get_float32_matmul_precision() != "highest"
     return findings.utilisation(

@@ -24,7 +24,10 @@ _MATRIX_OP = re.compile(
 _MATRIX_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|cublas|tensile|Cijk_", re.IGNORECASE)
 _ATTENTION = re.compile(r"attention|flash|fmha|sdpa", re.IGNORECASE)
 _COMMUNICATION = re.compile(r"^(c10d::|record_param_comms|nccl|_c10d_functional::)|ncclDev|ncclKernel|rccl")
-_BOOKKEEPING = re.compile(r"^(autograd::|torch::autograd::)|Backward\d*$|^Optimizer\.")
+_BOOKKEEPING = re.compile(
+    r"^(autograd::|torch::autograd::|PythonDispatchMode|TorchDynamo|Torch-Compiled|CompiledFunction|Optimizer\.)"
+    r"|Backward\d*$"
+)
 _OPTIMIZING = frozenset({f"{PHASE}clip", f"{PHASE}optimizer"})
 
 
