@@ -89,7 +89,10 @@ def pytest_pyfunc_call(pyfuncitem):
     worker = _workers.pop(kind, None) or Worker(kind)
     try:
         failure = worker.call(str(pyfuncitem.path), pyfuncitem.originalname, arguments)
-    except BaseException:  # a time-out, an interrupt or a dead process: what it would answer next is not ours
+    except EOFError:
+        worker.stop()
+        pytest.fail(f"the process for {kind} kernels died, as it does of an address that is not its own", pytrace=False)
+    except BaseException:  # a time-out or an interrupt: what it would answer next is not ours
         worker.stop()
         raise
     _workers[kind] = worker

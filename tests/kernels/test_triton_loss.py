@@ -140,13 +140,13 @@ def test_autocast(kernel, hidden):
 
 
 def test_weight_gradient_keeps_its_bits():
-    """A chunk that gives 2,048 and three that give 4: added up in bf16, whose next number is 2,064, those were lost."""
-    hidden = torch.full((4, 128, 2), 0.125, dtype=torch.bfloat16, device=DEVICE)
+    """A chunk that gives 2,048 and two that give 6: added up in bf16, whose next number is 2,064, those were lost."""
+    hidden = torch.full((3, 128, 2), 0.1875, dtype=torch.bfloat16, device=DEVICE)
     hidden[0] = 64.0
     weight = torch.zeros(4, 2, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
-    labels = torch.zeros(4, 128, dtype=torch.int64, device=DEVICE)
+    labels = torch.zeros(3, 128, dtype=torch.int64, device=DEVICE)
     (gradient,) = torch.autograd.grad(in_chunks(hidden, weight, labels), weight)
-    assert torch.equal(gradient[1], torch.full_like(gradient[1], 2048 + 3 * 4))
+    assert torch.equal(gradient[1], torch.full_like(gradient[1], 2048 + 2 * 6))
     assert gradient[1, 0] == 2064
 
 
