@@ -33,8 +33,8 @@ def write(tmp_path, monkeypatch):
     [
         ("method: bayes", "methd: bayes", 5, ["methd", "method"]),
         ("method: bayes", "method: hyperband", 5, ["method", "bayes"]),
-        ("trials: 6", "trials: 0", 6, ["trials"]),
-        ("trials: 6\n", "", None, ["trials", "unless method is grid"]),
+        ("trials: 4", "trials: 0", 6, ["trials"]),
+        ("trials: 4\n", "", None, ["trials", "unless method is grid"]),
         ("log: true", "logg: true", 8, ["logg", "log"]),
         ("min: 1.0e-4", "min: 2.0", 8, ["not below max"]),
         ("min: 1.0e-4", "min: -1.0", 8, ["above 0"]),
@@ -45,9 +45,9 @@ def write(tmp_path, monkeypatch):
         ("{min: 1.0e-4, max: 1.0, log: true}", "{values: [1.0e-3, 1.0e-3]}", 8, ["twice"]),
         ("{min: 1.0e-4, max: 1.0, log: true}", "{values: [fast]}", None, ["lr"]),
         ("recipe: small.yaml", "recipe: other.yaml", None, ["other.yaml"]),
-        ("trials: 6", "trials: 6\noverrides: [run.root=x]", 7, ["sets this for each trial"]),
-        ("trials: 6", "trials: 6\noverrides: [plugins.jsonl=null]", 4, ["metrics.jsonl"]),
-        ("trials: 6", "trials: 6\noverrides: [training.eval_every=null]", None, ["eval_every"]),
+        ("trials: 4", "trials: 4\noverrides: [run.root=x]", 7, ["sets this for each trial"]),
+        ("trials: 4", "trials: 4\noverrides: [plugins.jsonl=null]", 4, ["metrics.jsonl"]),
+        ("trials: 4", "trials: 4\noverrides: [training.eval_every=null]", None, ["eval_every"]),
     ],
 )
 def test_faults_are_told_with_place_and_fix(write, old, new, line, words):
@@ -62,7 +62,7 @@ def test_faults_are_told_with_place_and_fix(write, old, new, line, words):
 
 
 def test_faults_end_the_command_with_status_2(write, capsys):
-    write(SWEEP.replace("trials: 6", "trails: 6"))
+    write(SWEEP.replace("trials: 4", "trails: 6"))
     assert run(["sweep", "sweep.yaml"]) == 2
     assert "sweep.yaml:6: trails" in capsys.readouterr().err
 
@@ -143,6 +143,6 @@ def test_null_is_for_local_sweeps_alone(write, capsys):
             "plugins.adamw.lr: {min: 1.0e-4, max: 1.0, log: true}", "training.eval_every: {values: [1, null]}"
         )
     )
-    assert read(Path("sweep.yaml")).total == 6
+    assert read(Path("sweep.yaml")).total == 4
     assert run(["sweep", "sweep.yaml"]) == 2
     assert "--local" in capsys.readouterr().err

@@ -33,7 +33,7 @@ schema_version: 1
 name: rates
 recipe: small.yaml
 method: bayes
-trials: 6
+trials: 4
 parameters:
   plugins.adamw.lr: {min: 1.0e-4, max: 1.0, log: true}
 """
@@ -97,23 +97,23 @@ def go(sweep, stop=None, **more):
 def test_trials_run_in_order_and_the_best_is_told(sweep):
     found = sweep()
     told = go(found)
-    assert [number for number, _ in started(found)] == list(range(6))
+    assert [number for number, _ in started(found)] == list(range(4))
     rows = results(found)
-    assert [row[:2] for row in rows] == [(number, "complete") for number in range(6)]
+    assert [row[:2] for row in rows] == [(number, "complete") for number in range(4)]
     assert [row[3]["plugins.adamw.lr"] for row in rows] == [rate for _, rate in started(found)]
     best = min(rows, key=lambda row: row[2])
     assert f"best         trial {best[0]}" in told[-3]
     assert f"plugins.adamw.lr={best[3]['plugins.adamw.lr']}" in told[-2] and "camshaft train small.yaml" in told[-2]
-    assert go(found)[-3] == told[-3] and len(started(found)) == 6  # nothing is left to do
+    assert go(found)[-3] == told[-3] and len(started(found)) == 4  # nothing is left to do
 
 
 def test_more_trials_go_on_and_another_sweep_in_the_folder_is_refused(sweep):
     found = sweep()
     go(found)
     before = results(found)
-    more = sweep(SWEEP.replace("trials: 6", "trials: 8"))
+    more = sweep(SWEEP.replace("trials: 4", "trials: 6"))
     go(more)
-    assert results(more)[:6] == before and len(results(more)) == 8
+    assert results(more)[:4] == before and len(results(more)) == 6
     with pytest.raises(RecipeError, match="another name"):
         go(sweep(SWEEP.replace("max: 1.0", "max: 2.0")))
 
@@ -140,7 +140,7 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_nothing_had_happened(sweep, monk
     monkeypatch.delenv("SWEEP_MODE")
     told = go(found)
     assert told[0].startswith("trial 2 again: plugins.adamw.lr=")
-    assert [number for number, _ in started(found)] == [0, 1, 2, 2, 3, 4, 5]
+    assert [number for number, _ in started(found)] == [0, 1, 2, 2, 3]
     assert results(found) == results(whole)
 
 
@@ -163,9 +163,9 @@ def test_a_sweep_that_was_killed_waits_for_its_trial_and_goes_on(sweep, tmp_path
     told = go(found)
     assert any("waiting" in line and "trial_0001 is in use" in line for line in told)
     rows = results(found)
-    assert [row[:2] for row in rows] == [(number, "complete") for number in range(6)]
+    assert [row[:2] for row in rows] == [(number, "complete") for number in range(4)]
     begun = started(found)
-    assert [number for number, _ in begun if number > 1] == [2, 3, 4, 5]
+    assert [number for number, _ in begun if number > 1] == [2, 3]
     assert len({rate for number, rate in begun if number == 1}) == 1  # with the values that it had
 
 
@@ -174,14 +174,14 @@ def test_failed_trials_are_told_and_the_others_go_on(sweep, monkeypatch):
     found = sweep()
     told = go(found)
     assert any("trial 1: status 4: error: out of memory" in line for line in told)
-    assert [row[1] for row in results(found)] == ["complete", "fail", *["complete"] * 4]
+    assert [row[1] for row in results(found)] == ["complete", "fail", *["complete"] * 2]
     assert results(found)[1][2] is None
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("always fails", "status 5"), ("no number", "became NaN or infinite")])
 def test_a_sweep_without_any_value_ends_with_status_1(sweep, monkeypatch, mode, reason):
     monkeypatch.setenv("SWEEP_MODE", mode)
-    found, told = sweep(SWEEP.replace("trials: 6", "trials: 2")), []
+    found, told = sweep(SWEEP.replace("trials: 4", "trials: 2")), []
     with pytest.raises(CamshaftError, match="none of 2 trials") as caught:
         local.run(found, NoStop(), told.append, program=toy)
     assert caught.value.exit_status == 1
@@ -254,7 +254,7 @@ def test_two_processes_cannot_run_one_sweep(sweep):
 
 
 def test_a_real_sweep_of_a_tiny_model(sweep, capfd):
-    sweep(SWEEP.replace("trials: 6", "trials: 2").replace("max: 1.0,", "max: 1.0e-2,"))
+    sweep(SWEEP.replace("trials: 4", "trials: 2").replace("max: 1.0,", "max: 1.0e-2,"))
     assert run(["sweep", "sweep.yaml", "--local"]) == 0
     shown = capfd.readouterr().out
     folder = Path("runs") / "sweep-rates"

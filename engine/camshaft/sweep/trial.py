@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -130,7 +131,8 @@ class Trial:
                     pruned = any(worse(step, value) for step, value in fresh)
                     if pruned:
                         process.terminate()
-                time.sleep(_POLL_S)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
         finally:
             if process.poll() is None:
                 process.terminate()
