@@ -1,0 +1,142 @@
+"""Three packages of strangers, built as wheels, in a fresh environment: they train from a recipe and keep the promises.
+
+A reducer that sends few entries of gradients, a pipeline schedule, an observer with state. Nothing of Camshaft knows
+them, and nothing of it is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PACKAGES = ("topk", "eager", "ema")
+
+
+class Fresh:
+    """An environment of its own, in which the packages are and what this one has can be seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        venv.create(folder / "venv", with_pip=False, symlinks=True)
+        self.python = folder / "venv" / "bin" / "python"
+        (site,) = (folder / "venv").glob("lib/python*/site-packages")
+        (site / "beside.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+        launcher = self.python.with_name("deepspeed")  # as an installation of it here would make
+        launcher.write_text(f"#!{self.python}\nfrom deepspeed.launcher.runner import main\n\nmain()\n")
+        launcher.chmod(0o755)
+        pip = [sys.executable, "-m", "pip"]
+        offline = ["--quiet", "--no-deps", "--no-index"]
+        sources = [str(HERE / package) for package in PACKAGES]
+        build = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(folder), *sources]
+        subprocess.run(build, check=True)
+        self.wheels = {path.name.split("-")[0].removeprefix("camshaft_"): path for path in folder.glob("*.whl")}
+        install = [*pip, "--python", str(self.python), "install", *offline]
+        subprocess.run([*install, *map(str, self.wheels.values())], check=True)
+
+    def run(self, *arguments: str, timeout_s: float = 280) -> str:
+        """Run Python in it, outside of every source tree, and return what it said."""
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [str(self.python), *arguments],
+            cwd=self.folder,
+            env=environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def train(self, package: str, name: str, *overrides: str) -> list[dict[str, float]]:
+        """Train the package's recipe under its launcher; returns the records of training."""
+        run = self.folder / name
+        places = [f"run.dir={run}", f"data.cache_dir={self.folder / 'cache'}"]
+        self.run("-m", "camshaft", "train", str(HERE / package / "recipe.yaml"), *places, *overrides)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [record for record in records if "train/loss" in record]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Fresh:
+    return Fresh(tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_brings_files_of_its_own_alone(fresh: Fresh, package: str) -> None:
+    names = zipfile.ZipFile(fresh.wheels[package]).namelist()
+    assert names and all(name.startswith(f"camshaft_{package}") for name in names)
+    where = fresh.run(
+        "-c", f"import camshaft, camshaft_{package} as own; print(own.__file__); print(camshaft.__file__)"
+    )
+    own, core = where.split()
+    assert own.startswith(str(fresh.folder)) and core == str(ROOT / "engine" / "camshaft" / "__init__.py")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_it_keeps_the_promises_of_every_plugin(fresh: Fresh, package: str) -> None:
+    tests = HERE / package / f"conformance_of_{package}.py"
+    rules = ["-p", "no:cacheprovider", "-W", "error", "--rootdir", str(fresh.folder), "-c", os.devnull]
+    said = fresh.run("-m", "pytest", "-v", "--tb=short", *rules, str(tests))
+    assert int(re.search(r"(\d+) passed", said)[1]) >= 11, said
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_it_trains_from_a_recipe_on_two_ranks_and_goes_on(fresh: Fresh, package: str) -> None:
+    whole = fresh.train(package, f"{package}-whole")
+    assert whole[-1]["train/loss"] < whole[0]["train/loss"] - 0.05
+    fresh.train(package, f"{package}-halves", "training.max_steps=8")
+    halves = fresh.train(package, f"{package}-halves")
+    assert [record["progress/global_step"] for record in halves] == [2, 4, 6, 8, 10, 12]
+    same = ("train/loss", "train/grad_norm", "progress/global_step")
+    assert [[r[key] for key in same] for r in halves] == [[r[key] for key in same] for r in whole]
+
+
+def test_the_mean_is_in_the_checkpoint(fresh: Fresh) -> None:
+    """Another program reads it there, by the parameter's name."""
+    fresh.train("ema", "ema-files", "training.max_steps=4")
+    files = sorted((fresh.folder / "ema-files" / "checkpoints" / "step_00000004").glob("*.safetensors"))
+    program = (
+        "import sys; from safetensors import safe_open\n"
+        "print(*{name.partition('@')[0] for path in sys.argv[1:] for name in safe_open(path, 'pt').keys()})"
+    )
+    names = fresh.run("-c", program, *map(str, files)).split()
+    assert "optimizer.model.norm.weight.ema.weights" in names
+
+
+def test_few_entries_are_few_bytes(fresh: Fresh) -> None:
+    """By the run's own ledger: a rank sends its entries and a flag a parameter, in fp32, and indexes of 8 bytes."""
+    records = fresh.train("topk", "topk-ledger", "training.max_steps=4", "plugins.ledger={}", "plugins.checkpoint=null")
+    sizes = parameter_sizes(fresh.folder / "topk-ledger" / "resolved.yaml")
+    chosen = sum(math.ceil(0.05 * size) for size in sizes)
+    sent = records[-1]["plugin/ledger/topk/dp/all_gather/bytes_per_step"]
+    assert sent == 4 * (chosen + len(sizes)) + 8 * chosen
+    assert sent < 0.2 * 4 * sum(sizes), "a dense sum sends 4 bytes an entry"
+
+
+def parameter_sizes(recipe: Path) -> list[int]:
+    """Elements of each parameter of a recipe's model."""
+    import torch
+
+    from camshaft.models.llama import Llama
+    from camshaft.recipe import check, load
+
+    tree = yaml.safe_load(recipe.read_text())
+    del tree["plugins"]["topk"]  # not installed here
+    plain = recipe.with_name("plain.yaml")
+    plain.write_text(yaml.safe_dump(tree))
+    config = check(load(plain), 1).config
+    with torch.device("meta"):
+        return [parameter.numel() for parameter in Llama(config).parameters()]
