@@ -64,17 +64,18 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_loss_is_that_of_bf16(name, make_recipe, anywhere):
-    """Over 20 steps, in which it falls by a third: 2e-2 apart at most, and not equal."""
+    """Over 20 steps, in which it falls from 5.47 to 3.00: 4e-3 apart at most, and not equal. Measured: 1.5e-3."""
     options = OPTIONS[name]
     wide = {key: value for key, value in options.items() if key != "fp8"}
     plain = run(recipe(make_recipe, 1, {"compute": "bf16", **wide}))
     narrow = run(recipe(make_recipe, 1, options))
-    assert plain[-1].loss < 0.75 * plain[0].loss
+    assert plain[-1].loss < 0.6 * plain[0].loss
     worst = compare(narrow, plain)
-    assert 0 < worst["loss"][0] < 2e-2, worst
-    # A weight's gradient is off by what 8 bits are: 2^-4 of e4m3 and 2^-3 of e5m2 at most, before training amplifies it.
+    assert 0 < worst["loss"][0] < 4e-3, worst
+    # Half of a last place is 2^-4 of an e4m3 number and 2^-3 of an e5m2 number; a weight's gradient adds up many.
+    # Measured: 0.087 of the worst parameter.
     first = compare(narrow[:1], plain[:1])
-    assert 1e-3 < first["gradients"][0] < 0.2, first
+    assert 1e-2 < first["gradients"][0] < 0.12, first
 
 
 LAYOUTS = {
@@ -82,29 +83,35 @@ LAYOUTS = {
     "zero 3": (2, {"ddp": None, "zero": {"stage": 3}}, {}),
     "tp": (2, {"tensor_parallel": {}}, {"parallel": {"tensor_parallel": 2}}),
     "tp + sp": (2, {"tensor_parallel": {"sequence_parallel": True}}, {"parallel": {"tensor_parallel": 2}}),
-    "pp": (2, {"pipeline": {"schedule": "1f1b"}}, {"parallel": {"pipeline_parallel": 2}}),
-    "zero bubble": (2, {"pipeline": {"schedule": "zb_h1"}}, {"parallel": {"pipeline_parallel": 2}}),
+    "pp": (2, {"ddp": None, "pipeline": {"schedule": "1f1b"}}, {"parallel": {"pipeline_parallel": 2}}),
+    "zero bubble": (2, {"ddp": None, "pipeline": {"schedule": "zb_h1"}}, {"parallel": {"pipeline_parallel": 2}}),
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("options", ["tensorwise", "delayed"])
+CASES = [*((name, "tensorwise") for name in LAYOUTS), *((name, "delayed") for name in ("ddp", "zero 3", "tp"))]
+_alone = {}
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_ranks_train_what_one_process_trains(name, options, make_recipe, anywhere):
-    """Within what bf16 sums in another order and 8 bits of a last place that flips make: far below fp8's own error."""
+    """Measured in the first step: gradients 2.1e-3 and the norm 4.3e-5 where the batch or the layers are divided (bf16
+    sums in another order); 6.3e-2 and 1.1e-3 where products are, whose parts are rounded to bf16 before their sum, as
+    without fp8, and then to 8 bits of another last place. Both are below fp8's own error."""
     ranks, plugins, sections = LAYOUTS[name]
-    if "pipeline" in plugins:
-        plugins = {**plugins, "ddp": None}
-    alone = run(recipe(make_recipe, 1, OPTIONS[options], steps=4))
-    resolved = recipe(make_recipe, ranks, OPTIONS[options], plugins=plugins, steps=4, **sections)
-    worst = compare(run(resolved, ranks), alone)
-    assert_within(worst, {"loss": 2e-3, "norm": 2e-2})
-    first = compare(run(resolved, ranks)[:1], alone[:1])
-    assert_within(first, {"gradients": 0.1, "norm": 5e-3, "loss": 2e-4})
+    if options not in _alone:
+        _alone[options] = run(recipe(make_recipe, 1, OPTIONS[options], steps=3))
+    found = run(recipe(make_recipe, ranks, OPTIONS[options], plugins=plugins, steps=3, **sections), ranks)
+    divided = name.startswith("tp")
+    assert_within(compare(found, _alone[options]), {"loss": 6e-4 if divided else 1e-4, "norm": 5e-3})
+    first = {"gradients": 0.09, "norm": 2e-3, "loss": 1e-4} if divided else {"gradients": 4e-3, "norm": 1e-4}
+    assert_within(compare(found[:1], _alone[options][:1]), first)
 
 
-@pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("options", ["tensorwise", "rowwise", "delayed"])
-def test_recomputation_changes_no_bit(mode, options, make_recipe, anywhere):
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [("tensorwise", "full"), ("rowwise", "selective"), ("delayed", "full"), ("delayed", "selective")],
+)
+def test_recomputation_changes_no_bit(options, mode, make_recipe, anywhere):
     plain = run(recipe(make_recipe, 1, OPTIONS[options], steps=3))
     again = run(recipe(make_recipe, 1, OPTIONS[options], steps=3, plugins={"recompute": {"mode": mode}}))
     assert_bit_equal(again, plain)
@@ -119,8 +126,8 @@ def test_compiled_layers_change_no_bit(options, make_recipe, anywhere):
 
 def test_a_resumed_run_has_the_scales_of_an_undisturbed_one(make_recipe, anywhere):
     saved = {"checkpoint": {"every_steps": 3}}
-    options, plain = OPTIONS["delayed"], {}
-    whole = run(recipe(make_recipe, 2, options, steps=6, plugins=plain), 2)
+    options = OPTIONS["delayed"]
+    whole = run(recipe(make_recipe, 2, options, steps=6), 2)
     first = run(recipe(make_recipe, 2, options, steps=3, plugins=saved), 2)
     assert_bit_equal(first, whole[:3])
     resumed = run(recipe(make_recipe, 2, options, steps=6, plugins=saved), 2)
