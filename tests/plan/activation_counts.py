@@ -18,6 +18,28 @@ from camshaft.testing.ranks import run_ranks
 from camshaft.testing.run import Quiet
 
 
+def saved_by(model, batch):
+    """Bytes of distinct storages that one forward's graph keeps, without those of parameters and buffers."""
+    return _saving(model, model, batch)[1]
+
+
+def _saving(model, call, batch):
+    held = [*model.parameters(), *model.buffers()]
+    held += [each.weight for each in model.modules() if hasattr(each, "weight")]  # a tie's copy too
+    own = {each.untyped_storage().data_ptr() for each in held}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return tensor.detach()  # the hook must not make the tensor keep its own graph
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        made = call(batch)
+    return made, sum(each.nbytes() for each in seen.values())
+
+
 class Saved(Plugin):
     """Bytes of distinct storages that each forward's graph keeps, without those of parameters and buffers."""
 
@@ -28,20 +50,8 @@ class Saved(Plugin):
     @hookimpl
     def around_forward(self, state, call):
         def forward(batch):
-            held = [*state.model.parameters(), *state.model.buffers()]
-            held += [each.weight for each in state.model.modules() if hasattr(each, "weight")]  # a tie's copy too
-            own = {each.untyped_storage().data_ptr() for each in held}
-            seen = {}
-
-            def pack(tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in own:
-                    seen[storage.data_ptr()] = storage
-                return tensor.detach()  # the hook must not make the tensor keep its own graph
-
-            with saved_tensors_hooks(pack, lambda tensor: tensor):
-                made = call(batch)
-            self.forwards.append((batch.stage or 0, sum(each.nbytes() for each in seen.values())))
+            made, size = _saving(state.model, call, batch)
+            self.forwards.append((batch.stage or 0, size))
             return made
 
         return forward

@@ -4,15 +4,25 @@ import re
 from collections import Counter
 
 import pytest
-from activation_counts import holdings, measured
+import torch
+from activation_counts import holdings, measured, saved_by
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from camshaft.activations import Kept, by_kind
+from camshaft.claims import Widths
 from camshaft.cli import estimate, run
 from camshaft.cli.ranks import Ranks
+from camshaft.data.loader import Batch
 from camshaft.errors import PluginError
 from camshaft.host import Host
+from camshaft.models.config import resolve
+from camshaft.models.init import materialize
+from camshaft.models.kept import Form, kept
+from camshaft.models.llama import Llama
+from camshaft.models.shapes import parameter_shapes
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.recipe import check
+from camshaft.recipe.schema import Model
 
 ADAMW = {"adamw": {"lr": 1e-3}}
 AUTOCAST = {"precision": {"compute": "bf16"}}
@@ -77,6 +87,26 @@ def test_the_plan_counts_what_autograd_keeps(recipe_of, case):
         assert len(forwards) >= 4 and {stage for stage, _ in forwards} == set(planned)
         for stage, found in forwards:
             assert found == planned[stage], (case, holding.rank, stage)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_that_stores_its_scores_is_counted_as_such(dtype):
+    """CUDA's only kernel for grouped heads in fp32, and for fp64; a CPU takes it when it is told to."""
+    model = Model(preset="llama-nano", vocab_size=50, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+    config = resolve(model, 50)
+    llama = Llama(config)
+    materialize(llama, seed=0, device=torch.device("cpu"), dtype=dtype)
+    tokens = torch.arange(24).view(2, 12)
+    batch = Batch(tokens, tokens, torch.arange(12).expand(2, 12).contiguous(), None, 24)
+    widths = Widths(*(5 * (dtype.itemsize,)))
+    stages = dict.fromkeys((each.name for each in parameter_shapes(config)), 0)
+    found, planned = {}, {}
+    for device, backend in (("cpu", SDPBackend.FLASH_ATTENTION), ("cuda", SDPBackend.MATH)):
+        with sdpa_kernel(backend):
+            found[device] = saved_by(llama, batch)
+        table = kept(config, widths, Form(2, 12, False, device), stages)
+        planned[device] = sum(each.bytes for each in table if each.module.endswith("self_attn"))
+    assert found["cuda"] - found["cpu"] == planned["cuda"] - planned["cpu"] > 0
 
 
 class Halves(Plugin):

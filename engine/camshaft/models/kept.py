@@ -8,7 +8,8 @@ and make, w = max(p, 4). A layer keeps, on CUDA: 2 T h p + 2 T w of the norms an
 
 On a CPU torch composes RMSNorm of other operations, which keep T h w more each, and the input in w bytes; and a mask
 of documents is kept by each layer, as b s s numbers of c bytes. On CUDA it is kept too, beside key and value heads that
-are repeated for each query head, because the kernel that takes a mask takes no groups.
+are repeated for each query head, because the kernel that takes a mask takes no groups. In fp64, and with grouped heads
+in fp32, CUDA has no kernel but the one that stores all scores: n b s s c.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ class _Table:
         self.casts = self.compute < self.param
         self.wide = max(self.param, 4)
         self.composed = form.device == "cpu"
+        grouped = config.num_attention_heads > config.num_key_value_heads and not form.documents
+        self.stores = not self.composed and (self.compute > 4 or (self.compute == 4 and grouped))
+        """Whether attention stores all scores: CUDA has no other kernel in fp64, nor for grouped heads in fp32."""
 
     def layer(self, name: str, stage: int) -> Iterator[Kept]:
         """One layer ``name``."""
@@ -125,7 +129,7 @@ class _Table:
                 features = form.tokens * width
                 groups = features // config.head_dim
                 yield from self._norm(f"{name}.{leaf}", stage, "product", features, groups, self.compute)
-        repeated = form.documents and not self.composed
+        repeated = self.stores or (form.documents and not self.composed)
         width = queries if repeated else keys
         size = form.tokens * self.compute
         yield Kept(name, "q", "rotation", size * queries, 6.0 * form.tokens * queries, stage=stage)
@@ -137,12 +141,16 @@ class _Table:
 
     def _scores(self, name: str, queries: int, stage: int) -> Iterator[Kept]:
         form, heads = self.form, self.config.num_attention_heads
-        if form.documents:
+        if form.documents and not self.stores:
             size = form.tokens * form.length
             yield Kept(name, "mask", "attention", size * self.compute, 1.0 * size, stage=stage)
         # Half of the square of tokens, twice: scores, and sums of values.
         flops = 2.0 * form.tokens * form.length * queries
-        yield Kept(name, "logsumexp", "attention", form.tokens * heads * max(self.compute, 4), stage=stage)
+        if self.stores:
+            scores = form.tokens * form.length * heads
+            yield Kept(name, "scores", "attention", scores * self.compute, flops / 2, stage=stage)
+        else:
+            yield Kept(name, "logsumexp", "attention", form.tokens * heads * max(self.compute, 4), stage=stage)
         yield Kept(name, "out", "attention", form.tokens * queries * self.compute, flops, stage=stage)
 
     def _mlp(self, name: str, stage: int) -> Iterator[Kept]:
