@@ -3,8 +3,9 @@
 On with ``debug.contracts``. Hooks are wrapped where ``bind`` makes callables of them, so a run without it pays nothing.
 Who may write what follows from the hooks: gradients belong to who claims their reduction until ``post_reduce``, where
 everybody may change them; ``clip``, ``step`` and ``release`` are their owners'; weights change in the step, and in
-``around_step`` by who lays them out; buffers and values of the optimizer by nobody else. Told by checksums of every
-bit; of what may be on its way from other ranks meanwhile (gradients before ``reduce_parts``, parameters that a plugin
+``around_step`` by who lays them out; buffers and values of the optimizer by nobody else, but for values that a plugin
+keeps beside them under a key of its own (``<plugin>.<what>``), as checkpoints then have them. Told by checksums of
+every bit; of what may be on its way from other ranks meanwhile (gradients before ``reduce_parts``, parameters that a plugin
 divides) by the tensors' version counters, which a write through ``.data`` does not touch.
 
 Copies of a parameter on several ranks, where claims say that they are equal, are compared once a step, one parameter a
@@ -170,7 +171,8 @@ class Contracts:
     def _compare(self, plugin: str, hook: str, before: Look, after: Look) -> None:
         nothing: Mark = (None, None)
         every = [*before, *(item for item in after if item not in before)]
-        changed = [item for item in every if before.get(item, nothing)[0] != after.get(item, nothing)[0]]
+        differ = [item for item in every if before.get(item, nothing)[0] != after.get(item, nothing)[0]]
+        changed = [item for item in differ if not _is_own(plugin, item)]
         if not changed:
             return
         surely = [item for item in changed if before.get(item, nothing)[1] != after.get(item, nothing)[1]]
@@ -248,6 +250,11 @@ def _by_piece(kind: str, part: Part, values: Tensor | None, key: str = "") -> Lo
     if values is None or values.shape != part.tensor.shape or hasattr(values, "to_local"):
         return {(kind, f"{piece.name}{key}"): _summed(values) for piece in part.pieces[:1]}
     return {(kind, f"{piece.name}{key}"): _summed(flat) for piece, flat in part.slices(values.detach())}
+
+
+def _is_own(plugin: str, item: Item) -> bool:
+    """Whether it is a value that ``plugin`` keeps beside the optimizer's, under a key that begins with its name."""
+    return item[0] == VALUE and item[1].rpartition("/")[2].startswith(f"{plugin}.")
 
 
 def _place(piece: Piece) -> tuple[Any, ...]:

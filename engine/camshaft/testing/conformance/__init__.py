@@ -239,8 +239,14 @@ class Conformance:
         check_resume(self, trial)
 
     def test_writes_only_what_it_claims(self, trial: Trial) -> None:
-        """No hook of it changes weights, gradients or optimizer state that it did not claim."""
+        """No hook of it changes weights, gradients or optimizer state that it did not claim; seen from outside, and by
+        ``debug.contracts``.
+        """
+        from camshaft.testing.run import record_ranks
+
         assert [line for ran in self.inspected(trial) for line in ran.touched] == []
+        size = min((size for size in self.sizes() if size > 1), default=1)
+        record_ranks(trial.resolve(size, debug={"contracts": True}), size)  # raises, naming hook, step and tensor
 
     def test_leaves_nothing_behind(self, trial: Trial) -> None:
         """After ``close`` no hook is on a module or tensor, no forward is replaced, no thread runs."""

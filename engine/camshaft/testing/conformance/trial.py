@@ -115,7 +115,7 @@ class Trial:
     def alone(self, resolved: Resolved) -> Resolved:
         """The recipe of one plain process: optimizer and precision of ``resolved``, without anything that divides."""
         kept = {name: value for name, value in resolved.tree["plugins"].items() if slots([name]) & {"optimizer"}}
-        tree = {key: value for key, value in resolved.tree.items() if key not in ("parallel", "plugins")}
+        tree = {key: value for key, value in resolved.tree.items() if key not in ("parallel", "plugins", "debug")}
         return self._load({**tree, "plugins": kept}, 1)
 
     def _tree(self, ranks: int, accumulation: int, run: str, sections: Tree) -> dict[str, Any]:
