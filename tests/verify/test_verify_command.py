@@ -36,12 +36,16 @@ def test_a_green_proof_leaves_a_certificate_that_training_finds(tmp_path, capsys
 
 
 def test_a_run_keeps_whether_it_is_proven(tmp_path):
+    """Also where the proof had to lower a limit of gradients that was never reached."""
     from camshaft.cli.launch.claim import begin
 
-    resolved = recipe(tmp_path, "sgd")
+    plugins = {"sgd": {"lr": 1e-2}, "clip": {"max_norm": 1e6}}
+    resolved = recipe(tmp_path, "sgd", plugins=plugins)
     begin(RunDirectory(tmp_path / "one").create(), resolved, 1, "camshaft train")
     assert RunDirectory(tmp_path / "one").read_status()["certificate"] is None
     report = verify(resolved)
+    assert report.small.sections["clip"]["max_norm"] < 100 < report.shrunk.sections["clip"]["max_norm"]
+    assert report.comparison.worst["coefficient"].bound == 1e-12
     certificate.keep(resolved, certificate.certificate(report, "sgd.yaml", "0" * 16))
     begin(RunDirectory(tmp_path / "two").create(), resolved, 1, "camshaft train")
     assert RunDirectory(tmp_path / "two").read_status()["certificate"]["result"] == "green"

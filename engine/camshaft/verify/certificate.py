@@ -85,7 +85,7 @@ def certificate(report: Report, recipe: str, plan_digest: str) -> dict[str, Any]
         "made": utc_now(),
         "seconds": round(report.seconds, 1),
         "plan": plan_digest,
-        "valid_for": valid_for(small),
+        "valid_for": valid_for(report.shrunk),
         "versions": versions(small.sections),
         "proof": {
             "steps": report.steps,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import MachineError, RecipeError
+from camshaft.host import Host
 from camshaft.recipe import check
 from camshaft.verify import bisect
 from camshaft.verify.judge import BOUNDS, Comparison, Deviation, compare
@@ -47,8 +48,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was compared, and what came of it."""
+    """What was compared, and what came of it.
 
+    ``shrunk`` is the small recipe as it follows from the recipe alone, ``small`` with a limit of gradients that is
+    reached.
+    """
+
+    shrunk: Small
     small: Small
     sorted: Sorted
     comparison: Comparison | None
@@ -183,7 +189,7 @@ def _owners(checked: Checked) -> dict[str, str]:
 
 
 def _examine(small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search: bool, steps: int) -> Report:
-    bench = Bench(small, sorted_, owners)
+    shrunk, bench = small, Bench(small, sorted_, owners)
     small = _clipping(bench)
     bench = bench if small is bench.small else Bench(small, sorted_, owners)
     resolved, ranks = small.all(sorted_)
@@ -201,11 +207,11 @@ def _examine(small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search
             comparison = found
         else:
             finding = _blamed(bench, found, search=search)
-    left_out = _not_covered(small, books, sorted_)
+    left_out = (*_not_covered(small, books, sorted_), *_elsewhere(small, sorted_, resolved))
     if finding is None and isinstance(plain, Recording) and plain.dropouts:
         finding, note = _with_dropout(bench, search=search)
         left_out += (note,) if note else ()
-    return Report(small, sorted_, comparison, finding, ranks, left_out, 0.0, bench.trials, steps)
+    return Report(shrunk, small, sorted_, comparison, finding, ranks, left_out, 0.0, bench.trials, steps)
 
 
 def _blamed(bench: Bench, found: Deviation | Failure | Unequal, *, search: bool) -> Finding:
@@ -247,6 +253,16 @@ def _clipping(bench: Bench) -> Small:
     if any(step.coefficient is not None and step.coefficient < 1 for step in plain.steps) or not norms:
         return small
     return replace(small, sections={**small.sections, owner: {**section, "max_norm": min(norms) / 2}})
+
+
+def _elsewhere(small: Small, sorted_: Sorted, resolved: Resolved) -> list[str]:
+    """Plugins that offer implementations for several devices, of which this one had its own."""
+    offering = {name for name, _ in Host.of(resolved.recipe.plugins).implementations("kernels")}
+    return [
+        f"what '{name}' chooses on another kind of device than '{small.device}'"
+        for name in sorted_.compared
+        if name in offering
+    ]
 
 
 def _not_covered(small: Small, books: Textbooks, sorted_: Sorted) -> tuple[str, ...]:
