@@ -5,8 +5,8 @@ Who may write what follows from the hooks: gradients belong to who claims their 
 everybody may change them; ``clip``, ``step`` and ``release`` are their owners'; weights change in the step, and in
 ``around_step`` by who lays them out; buffers and values of the optimizer by nobody else, but for values that a plugin
 keeps beside them under a key of its own (``<plugin>.<what>``), as checkpoints then have them. Told by checksums of
-every bit; of what may be on its way from other ranks meanwhile (gradients before ``reduce_parts``, parameters that a plugin
-divides) by the tensors' version counters, which a write through ``.data`` does not touch.
+every bit; of what may be on its way from other ranks meanwhile (gradients before ``reduce_parts``, parameters that a
+plugin divides) by the tensors' version counters, which a write through ``.data`` does not touch.
 
 Copies of a parameter on several ranks, where claims say that they are equal, are compared once a step, one parameter a
 rank in turn, and copies of a tied one on other stages each time. What is written outside of hooks (in hooks that a
