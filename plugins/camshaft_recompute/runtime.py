@@ -34,18 +34,18 @@ class Runtime:
         self._peers: Channel | None = None
         self._stages: Channel | None = None
         self.inert: str | None = None
-        modules = find(model, options, name, whole=not world.stages)
-        self._regions: dict[str, Region | Offloaded] = {}
-        line = Line(world.device, self._place)
+        self._regions = self._made(find(model, options, name, whole=not world.stages))
+        for each in self._regions.values():
+            each.install()
+
+    def _made(self, modules: dict[str, Module]) -> dict[str, Region | Offloaded]:
+        options, device, tally = self._options, self._world.device, self._tally
+        if options.mode == "offload":
+            kib = OFFLOAD_FROM_KIB if options.offload_from_kib is None else options.offload_from_kib
+            line, least = Line(device, self._place), int(kib * 1024)
+            return {name: Offloaded(name, module, device, tally, least, line) for name, module in modules.items()}
         keep = of_kinds(options.kinds) if options.mode == "selective" and options.budget is None else None
-        for each, module in modules.items():
-            if options.mode == "offload":
-                least = OFFLOAD_FROM_KIB if options.offload_from_kib is None else options.offload_from_kib
-                made: Region | Offloaded = Offloaded(each, module, world.device, self._tally, int(least * 1024), line)
-            else:
-                made = Region(each, module, world.device, self._tally, keep)
-            made.install()
-            self._regions[each] = made
+        return {name: Region(name, module, device, tally, keep) for name, module in modules.items()}
 
     def _place(self) -> tuple[int, int]:
         state = self._tally.state
@@ -126,8 +126,10 @@ class Runtime:
 
     def _choose(self) -> int:
         """Let each module keep what fits the budget; returns the bytes of it."""
-        budget = self._options.budget
+        budget, device = self._options.budget, self._world.device
         assert budget is not None
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)  # operations are timed by events that must be over
         calls: dict[str, list[Seen]] = {}
         for call in self._tally.calls:
             calls.setdefault(call.name, []).append(call)
