@@ -1,8 +1,11 @@
 """Model FLOP/s utilisation by hand, and the table of peaks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from camshaft import meter
 from camshaft.datasheet import PEAKS, peak, type_name
 from camshaft.models.config import resolve
 from camshaft.profiling.findings import utilisation
@@ -67,3 +70,32 @@ def test_figures_agree_with_one_another():
         if "fp8" in rates:
             assert rates["fp8"] == pytest.approx(2 * rates["bf16"], rel=0.02)
         assert rates["fp32"] <= rates.get("tf32", rates["fp16"])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 2e9 * 1e4 / 2 / 989.4e12),
+        ("NVIDIA H100 80GB HBM3", torch.float64, 2e9 * 1e4 / 2 / 66.9e12),
+        ("NVIDIA GeForce GTX 1080", torch.float32, None),
+    ],
+)
+def test_a_runs_records_use_the_same_table(monkeypatch, device, dtype, expected):
+    """10,000 tokens in one second on two devices, of a model of 2 GFLOP a token."""
+    clock = iter([100.0, 101.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    world = SimpleNamespace(
+        device=torch.device("cuda"),
+        world_size=2,
+        policy=SimpleNamespace(compute=dtype),
+        recipe=SimpleNamespace(data=SimpleNamespace(sequence_length=8)),
+    )
+    config = SimpleNamespace(flops_per_token=lambda length: 2e9)
+    counter = meter.Meter(SimpleNamespace(world=world, config=config, loader=SimpleNamespace(wait_s=0.0)))
+    counter.count(10_000)
+    rates = counter._rates()
+    assert rates["perf/tflops_per_gpu"] == pytest.approx(10.0)
+    assert rates.get("perf/mfu") == (None if expected is None else pytest.approx(expected))
