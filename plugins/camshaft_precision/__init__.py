@@ -104,7 +104,8 @@ class Plugin(camshaft.Plugin):
         faults = list(rules.problems(self.options, key))
         if not (self._anywhere and context.device == "cpu"):
             faults += rules.device_problems(self.options, context, key)
-        return camshaft.Plan(problems=tuple(faults), widths=rules.widths(self.options, context.device))
+        device = "cpu" if context.recipe.launch.device == "cpu" else context.device
+        return camshaft.Plan(problems=tuple(faults), widths=rules.widths(self.options, device))
 
     @camshaft.hookimpl
     def precision(self, world: World) -> Policy:

@@ -31,13 +31,13 @@ def scales(options: Options) -> bool:
     return computes(options) == "fp16"
 
 
-def widths(options: Options, device: str = "any") -> camshaft.Widths:
-    """Bytes of an element of each kind. Where ``auto`` leaves the dtype of products to the device, the wide one counts,
-    but on CUDA: it changes none of the others.
+def widths(options: Options, device: str) -> camshaft.Widths:
+    """Bytes of an element of each kind. Where ``auto`` leaves the dtype of products to the device, the wide one counts
+    on a CPU and bf16 elsewhere: it changes none of the others.
     """
     wide = "fp64" if options.compute == "fp64" else "fp32"
     param = options.parameters or wide
-    usual = "bf16" if device == "cuda" and computes(options) == "auto" else wide
+    usual = "bf16" if device != "cpu" and computes(options) == "auto" else wide
     return camshaft.Widths(
         param=BYTES[param],
         gradient=BYTES[options.gradients or param],
