@@ -26,7 +26,7 @@ def test_writes_the_table_that_auto_reads(tmp_path, capsys):
     path = tmp_path / "camshaft" / "kernels" / "cpu.json"
     assert str(path) in capsys.readouterr().out
     found = table.load("cpu")
-    assert found.source == str(path) and found.machine["torch"] == torch.__version__
+    assert found.source == str(path) and torch.__version__.startswith(found.machine["torch"])
     rows = {(row.op, row.size): row for row in found.rows}
     assert set(rows[("linear_cross_entropy", 64 * 50)].ms) == {"torch", "unfused"}
     assert {"torch", "torch_segments"} <= set(rows[("document_attention", 64 * 64)].ms)
