@@ -105,6 +105,7 @@ def test_the_first_window_does_not_tell_the_profilers_cost():
     [
         (None, "two warm-up windows"),
         (80.0, "80.00 ms without: it costs 25.0 %"),
+        (110.0, "less than windows differ"),
         (900.0, "raise --warmup"),
     ],
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 Finding = Mapping[str, Any]
 TOP = 15
+_NOISE = 1.2
+"""Windows before the recorded one that were so many times slower were not yet what a run's windows are."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -66,8 +68,10 @@ def _overhead(first: Finding) -> str:
     plain = first["plain_window_ms"]
     if plain is None:
         return "; what that costs takes two warm-up windows to tell"
-    if plain > first["window_ms"]:
+    if plain > _NOISE * first["window_ms"]:
         return f"; the windows before took {plain:.2f} ms without it: raise --warmup to tell what it costs"
+    if plain > first["window_ms"]:
+        return f", {plain:.2f} ms without: what it costs is less than windows differ"
     return (
         f", {plain:.2f} ms without: it costs {_share(first['window_ms'] - plain, plain)} (rates below are without it)"
     )
