@@ -194,7 +194,8 @@ def test_gradients_may_be_changed_when_they_are_final(make_recipe, kind):
     assert train(make_recipe, {"writer": kind("gradient")}) == [None]
 
 
-def test_without_it_nothing_is_wrapped_and_nothing_said(make_recipe):
+def test_without_it_nothing_is_wrapped_and_nothing_said(make_recipe, monkeypatch):
+    monkeypatch.delattr("camshaft.contracts.Contracts")
     assert train(make_recipe, {"writer": PostStep("weight")}, on=False) == [None]
 
 

@@ -4,6 +4,7 @@ By default a few; with CAMSHAFT_ALL_FAULTS=1 all, and the share that is caught i
 """
 
 import os
+import re
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from verify_recipes import RECIPES, recipe
 from camshaft.verify.examine import verify
 
 ALL = bool(os.environ.get("CAMSHAFT_ALL_FAULTS"))
+TENSOR_OR_NUMBER = re.compile(r"'?model\.\w|\b(norm|coefficient|lr|loss)\b")
 CHOSEN = FAULTS if ALL else [fault for fault in FAULTS if str(fault) in QUICK]
 
 
@@ -32,6 +34,7 @@ def test_a_planted_fault_is_found_and_its_plugin_named(tmp_path, fault, record_p
     assert not report.green, "nothing was found"
     assert fault.plugin in report.finding.plugins, f"{report.finding}"
     assert fault.sign in str(report.finding.sign), f"{report.finding}"
+    assert TENSOR_OR_NUMBER.search(str(report.finding.sign)), f"no tensor is named: {report.finding}"
     assert len(report.finding.plugins) <= 2, f"too many are blamed: {report.finding}"
 
 
