@@ -79,6 +79,14 @@ def kind_of(module):
     return None if kind == "interpreted" and torch.cuda.is_available() else kind
 
 
+def pytest_collection_finish():
+    """On a GPU kernels are compiled here: the variable that importing them sets must be there before any test."""
+    import torch
+
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        importlib.import_module("camshaft_kernels.triton.launch")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     kind = kind_of(pyfuncitem.module)
