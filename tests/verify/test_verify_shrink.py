@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from verify_recipes import RECIPES, recipe
 
+from camshaft.errors import RecipeError
 from camshaft.recipe import check, load
 from camshaft.verify.shrink import shrink
-from camshaft.verify.sorting import another_optimizer, full_world, sort
+from camshaft.verify.sorting import another_optimizer, full_world, legal, sort
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.name for path in SHIPPED.glob("*.yaml"))
@@ -97,6 +98,17 @@ def test_an_option_that_cannot_be_small_is_left_out_and_told(tmp_path):
     made, _, _ = small(resolved, tmp_path)
     kept = made.sections["pipeline"].get("split") == split["split"]
     assert kept == (made.degrees["pp"] == 4) and (kept or any("plugins.pipeline.split" in note for note in made.notes))
+
+
+def test_data_need_not_be_there(tmp_path):
+    data = {"train": {"files": ["nowhere.jsonl"]}, "sequence_length": 64}
+    resolved = recipe(tmp_path, "zero1", data=data)
+    assert check(resolved).problems
+    chosen = sort(resolved, checked := legal(resolved, 2))
+    assert shrink(resolved, checked, chosen, tmp_path, steps=4).samples == 12
+    resolved = recipe(tmp_path, "zero1", data=data, batch={"micro_batch_size": 3, "global_batch_size": 4})
+    with pytest.raises(RecipeError, match="global_batch_size"):
+        legal(resolved, 2)
 
 
 def test_what_no_plugin_has_is_told(tmp_path):

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import MachineError, RecipeError
 from camshaft.host import Host
-from camshaft.recipe import check
 from camshaft.verify import bisect
 from camshaft.verify.judge import BOUNDS, Comparison, Deviation, compare
 from camshaft.verify.record import Recording
 from camshaft.verify.runs import Failure, Outcome, Unequal, run
 from camshaft.verify.shrink import Small, shrink
-from camshaft.verify.sorting import TRAINING, Sorted, another_optimizer, full_world, sort
+from camshaft.verify.sorting import TRAINING, Sorted, another_optimizer, full_world, legal, sort
 from camshaft.verify.textbook import Textbooks
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def verify(
     """
     began = time.monotonic()
     world = full_world(resolved)
-    checked = check(resolved, world).require()
+    checked = legal(resolved, world)
     sorted_ = sort(resolved, checked)
     with tempfile.TemporaryDirectory() as made:
         small = shrink(resolved, checked, sorted_, Path(made), steps=steps, device=device)
@@ -266,7 +265,7 @@ def _elsewhere(small: Small, sorted_: Sorted, resolved: Resolved) -> list[str]:
 
 
 def _not_covered(small: Small, books: Textbooks, sorted_: Sorted) -> tuple[str, ...]:
-    found = list(small.notes)
+    found = ["the recipe's data: documents of uneven lengths that a seed makes stand for them", *small.notes]
     found += [f"the formula of '{name}', which carries no textbook: both runs share it" for name in books.missing]
     found += [f"'{name}': {why}" for name, why in sorted_.left_out.items()]
     return tuple(found)

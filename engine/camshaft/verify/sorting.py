@@ -25,6 +25,8 @@ TRAINING = ("optimizer", "lr", "clip", "build_model")
 """Slots whose owners say what is trained, and not how: the plain process has them as well."""
 TELLING = ("log", "save", "load")
 """Hooks of plugins that tell or keep what a run does."""
+DATA = ("data.train", "data.validation.")
+"""Where problems are about what a recipe reads, which a proof does not read."""
 CHANGES_MODEL = "changes_model"
 """A fact that a plugin provides whose ``rewrite`` changes what is trained: the plain process keeps it."""
 CHANGES_NUMBERS = "changes_numbers"
@@ -72,6 +74,19 @@ def full_world(resolved: Resolved) -> int:
     divides = any(claim.axis == "dp" and claim.resource == "gradient.reduce" for plan in plans for claim in plan.claims)
     checked = check(resolved, least)
     return least * 2 if divides and checked.mesh is not None and checked.mesh["dp"].degree == 1 else least
+
+
+def legal(resolved: Resolved, world_size: int) -> Checked:
+    """What the checks of ``resolved`` found; its data need not be on this machine.
+
+    Raises:
+        RecipeError: it is not legal.
+    """
+    checked = check(resolved, world_size)
+    unknown = checked.mesh is None or checked.batch is None or checked.config is None
+    if unknown or any(not problem.key.startswith(DATA) for problem in checked.problems):
+        checked.require()
+    return checked
 
 
 def sort(resolved: Resolved, checked: Checked) -> Sorted:
