@@ -27,6 +27,9 @@ GLOBAL = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
 
+OF_LIBRARIES = frozenset({"tqdm_monitor"})
+"""Threads that a library keeps for the life of the process, whoever used it first."""
+
 
 def left(model: Module, tensors: Iterable[Tensor] = (), optimizer: Optimizer | None = None) -> list[str]:
     """One line for everything that is still installed on the model, on ``tensors`` and in torch itself."""
@@ -44,7 +47,11 @@ def left(model: Module, tensors: Iterable[Tensor] = (), optimizer: Optimizer | N
 
 def threads_beside(before: Collection[threading.Thread]) -> list[str]:
     """Names of Python threads that run now and did not before."""
-    return [f"thread '{each.name}'" for each in threading.enumerate() if each not in before]
+    return [f"thread '{each.name}'" for each in _running() if each not in before]
+
+
+def _running() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name not in OF_LIBRARIES]
 
 
 def _named(model: Module) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,9 @@ BY_HOOK = {
     "load_state_dict": EVERYTHING,
 }
 """What a hook is there to change, whoever implements it; all other hooks change what their plugin claims."""
+TRAVELLING = frozenset({"pre_forward", "post_backward", "reduce"})
+"""Hooks during which an owner may be summing gradients already: their bits change while another plugin's hook runs.
+``debug.contracts``, under which the kit runs every plugin too, tells by version counters who writes them."""
 BY_CLAIM = {
     "parameter.layout": {WEIGHTS, GRADIENTS},
     "gradient.layout": {GRADIENTS},
@@ -37,6 +40,8 @@ Held = dict[tuple[str, str], Tensor | None]
 def allowed(hook: str, plan: Plan) -> frozenset[str]:
     """Kinds of tensors that ``hook`` of a plugin with ``plan`` may write."""
     found = set(BY_HOOK.get(hook, ()))
+    if hook in TRAVELLING:
+        found.add(GRADIENTS)
     for claim in plan.claims:
         found |= BY_CLAIM.get(claim.resource, set())
     return frozenset(found)
