@@ -69,4 +69,7 @@ def run(resolved, ranks=1, observers=None, timeout_s=100):
     return records[0]
 
 
-__all__ = ["EXACT", "TRACED", "Seen", "assert_bit_equal", "assert_within", "compare", "recipe", "records_of", "run"]
+__all__ = [
+    "EXACT", "TRACED", "Plugin", "Seen", "assert_bit_equal", "assert_within", "compare", "hookimpl", "recipe",
+    "records_of", "run",
+]  # fmt: skip

@@ -9,12 +9,14 @@ from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.run import record_ranks
 
 NARROW = {"parameters": "bf16"}
+FIVE = {"max_steps": 5, "log_every": 5}
+"""The warm-up of the shared recipe does not end earlier."""
 WIDE = {**NARROW, "gradients": "fp32"}
 
 
 def gradients(make_recipe, ranks, accumulation, precision):
     """Of the first step."""
-    resolved = make_recipe(plugins(**precision), ranks, accumulation=accumulation, training={"max_steps": 5, "log_every": 5})
+    resolved = make_recipe(plugins(**precision), ranks, accumulation=accumulation, training=FIVE)
     return record_ranks(resolved, ranks)[0][0].gradients
 
 
@@ -55,5 +57,5 @@ class Wire(Plugin):
 @pytest.mark.parametrize(("option", "wire"), [({}, torch.float32), ({"reduce": "bf16"}, torch.bfloat16)])
 def test_sums_over_ranks_travel_in_fp32_unless_the_recipe_says_otherwise(owner, option, wire, make_recipe):
     chosen = {} if owner == "ddp" else {"ddp": None, "zero": {"stage": 2}}
-    resolved = make_recipe(plugins(**NARROW, **option) | chosen, 2, training={"max_steps": 5, "log_every": 5})
+    resolved = make_recipe(plugins(**NARROW, **option) | chosen, 2, training=FIVE)
     record_ranks(resolved, 2, {"wire": Wire(wire)})
