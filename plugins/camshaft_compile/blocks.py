@@ -25,12 +25,13 @@ class Blocks:
     """Modules with a compiled forward beside their own; ``begin`` makes them use it.
 
     Raises:
-        RecipeError: a pattern that matches nothing, or a module inside of another.
+        RecipeError: a pattern that matches nothing, a module inside of another, or an unknown backend.
     """
 
     def __init__(self, options: Options, world: World, model: Module, plugin: str) -> None:
         self._key = f"plugins.{plugin}"
         self._running = False
+        _check_backend(options.backend, self._key)
         self.names = chosen(options, model, self._key)
         self._modules = [model.get_submodule(name) for name in self.names]
         if options.backend == "inductor" and options.cache_dir is not None:
@@ -103,6 +104,18 @@ class Blocks:
                 raise self._uncompilable(name, error) from error
 
         return forward
+
+
+def _check_backend(name: str, key: str) -> None:
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name not in known:
+        raise RecipeError(
+            Problem(
+                f"torch knows no backend '{name}'; there are: {', '.join(known)}",
+                key=f"{key}.backend",
+                fix="set it to one of them, or remove it for inductor",
+            )
+        )
 
 
 def _quieten() -> None:

@@ -150,3 +150,8 @@ def _break(module, arguments):
 def test_one_step_compiles_nothing(make_recipe):
     with pytest.raises(RankFailed, match="the run has one step, which is never compiled"):
         run(recipe(make_recipe, 1, TRACED, training={"max_steps": 1, "log_every": 1}), 1)
+
+
+def test_an_unknown_backend_is_refused_with_those_that_there_are(make_recipe):
+    with pytest.raises(RankFailed, match=r"no backend 'inductr'; there are: .*inductor"):
+        run(recipe(make_recipe, 1, {"backend": "inductr"}), 1)
