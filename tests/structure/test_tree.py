@@ -117,7 +117,7 @@ def lines(path: Path) -> int:
 
 # A core far above 2,000 lines is a sign that a strategy leaked in. What surrounds it has budgets of its own.
 AREAS = {
-    "recipe": ("recipe/", 2025),
+    "recipe": ("recipe/", 2100),
     "machine": (("environment.py", "processes.py", "distributed.py", "rundir.py"), 1000),
     "planning": (("claims.py", "estimate.py", "activations.py", "peak.py", "mesh.py", "effects.py"), 1100),
     "data movement": (
