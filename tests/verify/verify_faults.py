@@ -172,7 +172,7 @@ FAULTS = (
         "ddp",
         "precision",
         "camshaft_precision.policy:policy",
-        dtype(param=torch.float32, master=torch.float32),
+        dtype(param=torch.float32, compute=torch.float32, master=torch.float32),
     ),
     Fault("reduces in fp32", "ddp", "precision", "camshaft_precision.policy:policy", dtype(reduce=torch.float32)),
     Fault("loss in fp32", "zero1", "precision", "camshaft_precision:Plugin.around_forward", narrow_loss),
