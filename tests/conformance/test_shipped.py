@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from camshaft.testing import Conformance
 from camshaft.testing.conformance.companions import shipped
+from camshaft.testing.conformance.trial import Trial, write_corpus
 
 
 class Line(NamedTuple):
@@ -65,3 +69,19 @@ globals().update({f"Test_{name}": case(name, line) for name, line in TABLE.items
 
 def test_every_shipped_plugin_has_a_line() -> None:
     assert {*shipped()} == TABLE.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "neighbours"),
+    [
+        ("jsonl", {"pipeline": 4, "tensor_parallel": 4, "zero": 2}),
+        ("ddp", {"pipeline": 4, "tensor_parallel": 4}),
+        ("tensor_parallel", {"pipeline": 4, "zero": 2}),
+    ],
+)
+def test_neighbours_are_those_that_claims_allow(tmp_path: Path, name: str, neighbours: dict[str, int]) -> None:
+    fragment = {"plugins": {name: TABLE[name].options}, "parallel": TABLE[name].changes.get("parallel", {})}
+    trial = Trial(fragment, write_corpus(tmp_path), tmp_path)
+    found = {other: trial.beside(other) for other in globals()[f"Test_{name}"]().neighbours()}
+    assert {other: beside[1] for other, beside in found.items() if beside is not None} == neighbours
+    assert all(other in beside[0].recipe.plugins for other, beside in found.items() if beside is not None)

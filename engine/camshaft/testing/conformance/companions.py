@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from camshaft.hookspecs import SLOTS
 from camshaft.host import distribution, installed, plugin_class
@@ -39,3 +39,16 @@ def least(name: str) -> Mapping[str, Any]:
                 raise ValueError(f"plugin '{name}' requires '{key}', for which there is no usual value")
             found[key] = STEP if option.annotation is float else 1
     return found
+
+
+def sections(name: str) -> Iterator[Mapping[str, Any]]:
+    """Sections to try plugin ``name`` with: ``least``, then each choice of one option, the last of its words first.
+
+    Raises:
+        ValueError: see ``least``.
+    """
+    yield least(name)
+    for key, option in plugin_class(name).Options.model_fields.items():
+        for part in (option.annotation, *get_args(option.annotation)):
+            if get_origin(part) is Literal:
+                yield from ({**least(name), key: value} for value in reversed(get_args(part)))

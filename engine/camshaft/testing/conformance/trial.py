@@ -6,6 +6,7 @@ embeddings, clipping that is active in every step, a last window that is short.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -19,7 +20,7 @@ import yaml
 
 from camshaft.errors import RecipeError
 from camshaft.recipe import check, load
-from camshaft.testing.conformance.companions import least, shipped, slots
+from camshaft.testing.conformance.companions import least, sections, shipped, slots
 
 if TYPE_CHECKING:
     from camshaft.recipe import Resolved
@@ -79,7 +80,7 @@ class Trial:
     compute: str = "fp64"
     max_norm: float | None = 0.1
 
-    def resolve(self, ranks: int, accumulation: int = 3, *, run: str = "", **sections: Any) -> Resolved:
+    def resolve(self, ranks: int, accumulation: int = 3, *, run: str = "", **changes: Any) -> Resolved:
         """The recipe for ``ranks`` processes, completed by what it lacks: an optimizer, a sum over data ranks.
 
         Recipes with the same ``run`` share a run directory: the second one continues what the first one began.
@@ -87,7 +88,7 @@ class Trial:
         Raises:
             RecipeError: it is refused, with the reasons that the fragment itself gives.
         """
-        resolved = self._load(self._tree(ranks, accumulation, run, sections), ranks)
+        resolved = self._load(self._tree(ranks, accumulation, run, changes), ranks)
         problems = check(resolved, ranks, device="cpu").problems
         if not problems:
             return resolved
@@ -101,15 +102,13 @@ class Trial:
         """The recipe with plugin ``other`` beside, and on how many ranks: twice ``ranks`` where ``other`` needs an axis
         of its own. None where it is refused.
         """
-        for degrees in AXES:
-            if set(degrees) & set(self.fragment.get("parallel", {})):
-                continue
-            many = ranks * (2 if degrees else 1)
-            try:
-                plugins = {other: dict(least(other))}
-                return self.resolve(many, accumulation, plugins=plugins, parallel=dict(degrees)), many
-            except (RecipeError, ValueError):
-                continue
+        free = [degrees for degrees in AXES if not set(degrees) & set(self.fragment.get("parallel", {}))]
+        with contextlib.suppress(ValueError):  # it needs options that nobody can guess
+            for section, degrees in itertools.product(sections(other), free):
+                many = ranks * (2 if degrees else 1)
+                with contextlib.suppress(RecipeError):
+                    plugins = {other: dict(section)}
+                    return self.resolve(many, accumulation, plugins=plugins, parallel=dict(degrees)), many
         return None
 
     def alone(self, resolved: Resolved) -> Resolved:
@@ -118,8 +117,8 @@ class Trial:
         tree = {key: value for key, value in resolved.tree.items() if key not in ("parallel", "plugins", "debug")}
         return self._load({**tree, "plugins": kept}, 1)
 
-    def _tree(self, ranks: int, accumulation: int, run: str, sections: Tree) -> dict[str, Any]:
-        tree = merge(self._base, self.fragment, sections)
+    def _tree(self, ranks: int, accumulation: int, run: str, changes: Tree) -> dict[str, Any]:
+        tree = merge(self._base, self.fragment, changes)
         degrees = tree.get("parallel", {})
         fixed = degrees.get("tensor_parallel", 1) * degrees.get("pipeline_parallel", 1)
         micro = BATCH // (accumulation * max(ranks // fixed, 1))
