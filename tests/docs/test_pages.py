@@ -141,7 +141,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_names_exactly_the_commands_that_exist() -> None:
     done = subprocess.run([sys.executable, "-m", "camshaft", "--help"], capture_output=True, text=True, check=True)
-    exist = set(re.findall(r"^  ([a-z-]+)  ", done.stdout, re.MULTILINE))
+    exist = set(re.findall(r"^  ([a-z][a-z-]*)  ", done.stdout, re.MULTILINE))
     named = set(re.findall(r"^\| `camshaft ([a-z-]+)", read(ROOT / "README.md"), re.MULTILINE))
     assert exist and named == exist
 
