@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from camshaft_recompute.kinds import Operation, draws, makes, name_of, writes
 from camshaft_recompute.trees import address, storage_bytes, tensors
@@ -105,6 +105,14 @@ def _events() -> Callable[[], Any]:
 def _flops(operation: Operation, args: Any, kwargs: Any, result: Any) -> float:
     """Of products and attention by torch's own formulas, to which that of the CPU's attention is added; else 0."""
     if "scaled_dot_product_flash_attention_for_cpu" in name_of(operation):
-        return float(sdpa_flop_count(*(each.shape for each in args[:3])))  # type: ignore[no-untyped-call]
+        return _attention(*(each.shape for each in args[:3]))
     formula = flop_registry.get(operation.overloadpacket)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size) -> float:
+    """Both products for every query head, whether or not several of them share a key head: torch 2.11's own formula
+    refuses those that do.
+    """
+    batch, heads, rows, width = query
+    return float(2 * batch * heads * rows * key[-2] * (width + value[-1]))
