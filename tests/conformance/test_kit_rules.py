@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import struct
 import threading
+import time
 
 import pytest
 import torch
@@ -10,8 +14,8 @@ from torch import nn
 
 from camshaft import ops
 from camshaft.ops import Kernel
-from camshaft.testing import Conformance
-from camshaft.testing.conformance import kernels, leftovers
+from camshaft.testing import Conformance, ranks
+from camshaft.testing.conformance import kernels, leftovers, touched
 
 WHY = "its own sums are rounded to bf16"
 
@@ -30,6 +34,13 @@ def subclass(**attributes):
         ({"except_for": {"test_typo": WHY}}, "names 'test_typo'"),
         ({"except_for": {"bounds": ""}}, "must be a reason in words"),
         ({"except_for": {"bounds": "no"}}, "must be a reason in words"),
+        ({"test_equals_the_reference": None}, "changes 'test_equals_the_reference' of the standard"),
+        ({"check_parity": lambda self, trial, resolved, ranks: None}, "changes 'check_parity'"),
+        ({"limits": {"loss": 1.0}}, "changes 'limits'"),
+        ({"sizes": classmethod(lambda cls: [1])}, "changes 'sizes'"),
+        ({"neighbours": lambda self: []}, "changes 'neighbours'"),
+        ({"max_norm": None}, "changes 'max_norm'"),
+        ({"kind": "schedule", "microbatches": ()}, "changes 'microbatches'"),
     ],
 )
 def test_nothing_is_changed_without_a_reason(attributes, message):
@@ -61,6 +72,41 @@ def test_with_a_reason_a_test_is_replaced_or_left_out():
 )
 def test_the_kind_decides_which_tests_there_are(kind, name, there):
     assert (getattr(subclass(kind=kind), name) is not None) is there
+
+
+def test_a_subclass_of_another_kind_has_the_tests_of_its_own_kind():
+    parent = subclass()
+    assert parent.test_frozen_and_unused_parameters is None
+    child = type("TestChild", (parent,), {"kind": "reducer"})
+    assert child.test_frozen_and_unused_parameters is Conformance.test_frozen_and_unused_parameters
+
+
+def test_two_classes_of_one_name_have_references_of_their_own(monkeypatch):
+    from types import SimpleNamespace
+
+    from camshaft.testing.conformance import plain
+    from camshaft.testing.conformance.trial import STEPS
+
+    monkeypatch.setattr(plain, "records", lambda *arguments, factor, **more: [factor(0, STEPS)] * STEPS)
+    trial = SimpleNamespace(alone=lambda resolved: resolved)
+    resolved = SimpleNamespace(tree={"name": "two classes of one name"})
+    for module, rate in (("one", 1.0), ("two", 2.0)):
+        made = subclass(__module__=module, reference_lr=lambda self, step, total, rate=rate: rate)
+        assert made().reference(trial, resolved) == [rate] * STEPS
+
+
+def test_a_rank_that_dies_in_the_middle_of_its_report_is_told():
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    os.write(sender.fileno(), struct.pack("!i", 100) + b"half of it")
+    sender.close()
+    with pytest.raises(ranks.RankFailed, match="rank 0: died without a report"):
+        ranks._collect([receiver], time.monotonic() + 5)
+
+
+def test_a_number_over_nan_is_seen():
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([2.0, 1.0])
+    assert touched._same(nan, nan.clone()) and not touched._same(nan, one) and not touched._same(one, nan)
+    assert not touched._same(one, one[:1]) and not touched._same(one, one.double())
 
 
 def test_sizes_follow_the_degrees():

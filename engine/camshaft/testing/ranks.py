@@ -60,7 +60,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 fine, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301  made by our own child
-            except EOFError:
+            except (EOFError, OSError):  # the second: in the middle of a report
                 fine, value = False, "died without a report"
             if fine:
                 results[rank] = value

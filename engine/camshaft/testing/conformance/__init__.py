@@ -77,7 +77,8 @@ class Conformance:
     microbatches: ClassVar[tuple[int, ...]] = (1, 2, 3, 5, 8)
     """Microbatches that a schedule is made for."""
     except_for: ClassVar[Mapping[str, str]] = {}
-    """Name of a standard test, or of ``ranks``, ``bounds``, ``compute``, to the reason why it is not as it is."""
+    """Name of a standard test, of a setting (``ranks``, ``bounds``, ``compute``, ``max_norm``, ``microbatches``) or of
+    what tests are made of (``check_parity``, ``sizes``, ...), to the reason why it is not as it is."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -126,7 +127,8 @@ class Conformance:
 
         alone = trial.alone(resolved)
         tree = {key: value for key, value in alone.tree.items() if key not in ("run", "batch")}
-        key = json.dumps([type(self).__qualname__ if self._own_reference() else "", tree, self.compute, self.max_norm])
+        own = f"{type(self).__module__}:{type(self).__qualname__}" if self._own_reference() else ""
+        key = json.dumps([own, tree, self.compute, self.max_norm])
         if key not in _references or changes:
             chosen = self._optimizer(alone)
             changes = {"prepare": self.reference_model, "factor": self.reference_lr} | changes

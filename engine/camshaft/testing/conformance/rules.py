@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import getattr_static
 from typing import Any
 
 KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
@@ -12,8 +13,10 @@ ONLY = {
     "test_kernels_match_fp64": {"kernel"},
 }
 """Tests that are for some kinds alone; all others are for every plugin."""
-SETTINGS = ("ranks", "bounds", "compute")
+SETTINGS = ("ranks", "bounds", "compute", "max_norm", "microbatches")
 """Attributes that weaken tests where they are not the standard's, and so need a reason too."""
+PARTS = ("check_parity", "inspected", "limits", "neighbours", "reference", "sizes", "trial", "pytest_generate_tests")
+"""What standard tests are made of: who puts something else in its place has changed all tests that use it."""
 
 
 def apply(cls: type[Any], standard: type[Any]) -> None:
@@ -25,19 +28,23 @@ def apply(cls: type[Any], standard: type[Any]) -> None:
     tests = [name for name in vars(standard) if name.startswith("test_")]
     if cls.kind not in KINDS:
         raise TypeError(f"{cls.__name__}.kind is '{cls.kind}'; there are: {', '.join(KINDS)}")
-    known = {*tests, *SETTINGS}
+    known = {*tests, *SETTINGS, *PARTS}
     for name, reason in cls.except_for.items():
         if name not in known:
             raise TypeError(f"{cls.__name__}.except_for names '{name}'; there are: {', '.join(sorted(known))}")
         if not (isinstance(reason, str) and len(reason.split()) >= 3):
             raise TypeError(f"{cls.__name__}.except_for['{name}'] must be a reason in words")
     for name in known:
-        changed = getattr(cls, name) is not getattr(standard, name)
-        if changed and getattr(cls, name) is not None and name not in cls.except_for:
+        meant = name not in tests or cls.kind in ONLY.get(name, {cls.kind})
+        own = getattr_static(standard, name)
+        if name in tests and meant and getattr_static(cls, name) is None and name not in vars(cls):
+            setattr(cls, name, own)  # its parent is of a kind that does not have this test
+        changed = getattr_static(cls, name) is not own
+        if changed and meant and name not in cls.except_for:
             raise TypeError(
                 f"{cls.__name__} changes '{name}' of the standard: say why, except_for = {{'{name}': 'the reason'}}"
             )
-        if name in tests and cls.kind not in ONLY.get(name, {cls.kind}):
+        if not meant:
             setattr(cls, name, None)  # pytest collects no None
         elif name in tests and name in cls.except_for and not changed:
             setattr(cls, name, _excused(cls.except_for[name]))

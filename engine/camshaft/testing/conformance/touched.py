@@ -115,5 +115,8 @@ def _changes(before: Held, after: Held, plugin: str) -> Iterator[str]:
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    # bytes, so that NaN equals itself
-    return one.shape == other.shape and one.dtype == other.dtype and bool((one.eq(other) | (one.ne(one))).all())
+    if one.shape != other.shape:
+        return False
+    # NaN equals itself
+    both = one.ne(one) & other.ne(other)
+    return one.dtype == other.dtype and bool((one.eq(other) | both).all())
