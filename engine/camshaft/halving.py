@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 QUIET = "quiet_microbatches"
-"""Fact of a plugin that sums gradients: nothing is sent between the first forward of a window and ``reduce``."""
+"""Fact of a plugin that claims an axis: nothing is sent between the first forward of a window and ``reduce``."""
+
+SENDING = ("gradient.reduce", "parameter.layout", "activation.layout")
+"""Resources whose owners along an axis exchange something, in forwards and backwards unless they say ``QUIET``."""
 
 KEY = "batch.on_out_of_memory"
 
@@ -42,7 +45,8 @@ KEY = "batch.on_out_of_memory"
 def problems(plans: Mapping[str, Plan], owners: Mapping[str, Sequence[str]]) -> Iterable[Problem]:
     """What keeps a microbatch from being run again in halves."""
     for name, plan in plans.items():
-        if any(claim.resource == "gradient.reduce" for claim in plan.claims) and QUIET not in plan.provides:
+        sends = any(claim.axis and claim.resource in SENDING for claim in plan.claims)
+        if sends and QUIET not in plan.provides and name not in owners.get("schedule", ()):
             yield Problem(
                 f"{KEY}=halve and plugin '{name}' exclude each other: as it is set up, '{name}' exchanges tensors "
                 "during forward or backward, where a rank that has to begin again would be waited for",

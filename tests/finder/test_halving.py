@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from camshaft import halving
+from camshaft.claims import Claim, Plan
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.recipe import check
 from camshaft.testing.compare import assert_within, compare
@@ -131,7 +133,20 @@ def test_validate_refuses_owners_that_exchange_during_a_microbatch(make_recipe, 
         "model": {**make_recipe({}).tree["model"], "num_attention_heads": 6},
     }
     resolved = make_recipe({**plugins, "adamw": {"lr": 1e-3}}, 2, **sections)
-    problems = [each for each in check(resolved, 2).problems if each.key == "batch.on_out_of_memory"]
-    assert len(problems) == 1
+    (found,) = [each for each in check(resolved, 2).problems if each.key == "batch.on_out_of_memory"]
     for name, fix in names.items():
-        assert f"'{name}'" in problems[0].message and "halve" in problems[0].message and fix in problems[0].fix
+        assert f"'{name}'" in found.message and "halve" in found.message and fix in found.fix
+
+
+@pytest.mark.parametrize(
+    ("claim", "provides", "refused"),
+    [
+        (Claim("parameter.layout", "dp"), (), True),  # it gathers in forwards, whoever sums the gradients
+        (Claim("activation.layout", "cp"), (), True),
+        (Claim("parameter.layout", "dp"), (halving.QUIET,), False),
+        (Claim("parameter.layout"), (), False),
+        (Claim("module.implementation", "tp"), (), False),
+    ],
+)
+def test_who_lays_out_along_an_axis_exchanges_as_well(claim, provides, refused):
+    assert bool([*halving.problems({"strange": Plan(claims=(claim,), provides=provides)}, {})]) is refused
