@@ -69,6 +69,11 @@ def kernels() -> dict[str, str | None]:
     }
 
 
+def has_gpu_driver() -> bool:
+    """Whether this machine has the driver of a GPU that torch can use; torch is not imported."""
+    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd"))
+
+
 def gpus() -> list[str]:
     """Names of the GPUs that torch sees. Imports torch."""
     import torch

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from camshaft.cli import inventory
 from camshaft.cli.console import OverridesArgument, RecipeArgument
 from camshaft.cli.launch import heartbeat
 from camshaft.cli.launch.claim import begin, end, take
@@ -95,7 +95,7 @@ def local_processes(resolved: Resolved) -> tuple[int, str]:
 
 def _count_gpus() -> int:
     """GPUs that torch sees; torch is imported only where there is a driver."""
-    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")):
+    if not inventory.has_gpu_driver():
         return 0
     import torch
 
@@ -219,7 +219,7 @@ def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) ->
 
 def _train(station: Station, resolved: Resolved, changes: Sequence[str], directory: RunDirectory, owner: bool) -> int:
     from camshaft import loop
-    from camshaft.cli import closing, inventory
+    from camshaft.cli import closing
     from camshaft.cli.launch import exits
 
     environment = station.environment
