@@ -10,7 +10,8 @@ from camshaft.cli import run
 from camshaft.errors import RecipeError
 from camshaft.recipe import load
 from camshaft.sweep.agents import config
-from camshaft.sweep.file import changes, read
+from camshaft.sweep.file import read
+from camshaft.sweep.values import changes
 
 LINES = SWEEP.splitlines()
 
@@ -40,11 +41,22 @@ def write(tmp_path, monkeypatch):
         ("min: 1.0e-4", "min: -1.0", 8, ["above 0"]),
         ("log: true", "log: true, step: 0.1", 8, ["exclude each other"]),
         ("method: bayes", "method: grid", 8, ["a grid needs a step or values"]),
-        ("plugins.adamw.lr: ", "plugins.adamw.rate: ", None, ["rate", "lr"]),
+        ("plugins.adamw.lr: ", "plugins.adamw.rate: ", 8, ["rate", "lr"]),
+        ("plugins.adamw.lr: ", "plugins.sgd.lr: ", 8, ["'adamw' and 'sgd' both own the slot 'optimizer'"]),
+        (
+            LINES[-1],
+            "  batch.micro_batch_size: {values: [1, 3, 2]}",
+            8,
+            ["micro_batch_size: 3 is refused", "not whole"],
+        ),
+        ("{min: 1.0e-4, max: 1.0, log: true}", "{values: [0.1, fast, 0.2]}", 8, ["fast is refused: must be a number"]),
+        ("{min: 1.0e-4, max: 1.0, log: true}", "{min: 0, max: 1, step: 1.0e-9}", 8, ["make 1,000,000,001 values"]),
         ("plugins.adamw.lr: ", "run.dir: ", 8, ["may set"]),
         ("{min: 1.0e-4, max: 1.0, log: true}", "{values: [1.0e-3, 1.0e-3]}", 8, ["twice"]),
-        ("{min: 1.0e-4, max: 1.0, log: true}", "{values: [fast]}", None, ["lr"]),
-        ("recipe: small.yaml", "recipe: other.yaml", None, ["other.yaml"]),
+        ("{min: 1.0e-4, max: 1.0, log: true}", "{values: [fast]}", 8, ["lr", "must be a number"]),
+        ("recipe: small.yaml", "recipe: other.yaml", 4, ["there is no file 'other.yaml'"]),
+        ("trials: 4", "trials: 4\noverrides: [nosuch=1]", 7, ["overrides.0", "unknown key 'nosuch'"]),
+        ("trials: 4", "trials: 4\noverrides: [seed=1, trainig]", 7, ["overrides.1", "not a usable override"]),
         ("trials: 4", "trials: 4\noverrides: [run.root=x]", 7, ["sets this for each trial"]),
         ("trials: 4", "trials: 4\noverrides: [plugins.jsonl=null]", 4, ["metrics.jsonl"]),
         ("trials: 4", "trials: 4\noverrides: [training.eval_every=null]", None, ["eval_every"]),
@@ -65,6 +77,32 @@ def test_faults_end_the_command_with_status_2(write, capsys):
     write(SWEEP.replace("trials: 4", "trails: 6"))
     assert run(["sweep", "sweep.yaml"]) == 2
     assert "sweep.yaml:6: trails" in capsys.readouterr().err
+
+
+def test_a_value_is_legal_that_fits_one_end_of_the_other_parameters(write):
+    both = "  batch.micro_batch_size: {values: [2, 3]}\n  batch.global_batch_size: {values: [4, 6]}"
+    assert read(write(SWEEP.replace(LINES[-1], both))).total == 4
+
+
+def test_a_fault_of_the_recipe_keeps_its_place(write, tmp_path):
+    path = write()
+    (tmp_path / "small.yaml").write_text(RECIPE.replace("global_batch_size: 2", "global_batch_size: 3"))
+    with pytest.raises(RecipeError) as caught:
+        read(path)
+    assert str(caught.value).startswith("small.yaml:8: batch.global_batch_size: ") and len(caught.value.problems) == 1
+
+
+def test_steps_are_decimal(write):
+    span = read(write(SWEEP.replace("{min: 1.0e-4, max: 1.0, log: true}", "{min: 0.1, max: 0.35, step: 0.1}")))
+    assert span.file.parameters["plugins.adamw.lr"].grid() == [0.1, 0.2, 0.3]
+
+
+def test_no_file_is_replaced_but_ones_own(write, capsys):
+    write()
+    kept = Path("small.yaml").read_text()
+    assert run(["sweep", "sweep.yaml", "--output", "small.yaml"]) == 2
+    assert "is no sweep for W&B's agents" in capsys.readouterr().err and Path("small.yaml").read_text() == kept
+    assert [run(["sweep", "sweep.yaml"]) for _ in range(2)] == [0, 0]
 
 
 def test_values_are_overrides_that_read_back(write):

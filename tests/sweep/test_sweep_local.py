@@ -107,6 +107,25 @@ def test_trials_run_in_order_and_the_best_is_told(sweep):
     assert go(found)[-3] == told[-3] and len(started(found)) == 4  # nothing is left to do
 
 
+def test_a_folder_or_a_study_that_cannot_be_used_is_one_error(sweep, tmp_path):
+    found = sweep()
+    (tmp_path / "runs").touch()
+    with pytest.raises(MachineError, match=r"cannot be made: Not a directory. Set run.root"):
+        go(found)
+    (tmp_path / "runs").unlink()
+    found.folder.mkdir(parents=True)
+    (found.folder / "study.db").write_text("torn")
+    with pytest.raises(MachineError, match=r"study.db is no study that can be read \(.*not a database\)"):
+        go(found)
+    assert (found.folder / "study.db").read_text() == "torn"
+
+
+def test_steps_that_do_not_meet_the_end_warn_nobody(sweep):
+    found = sweep(SWEEP.replace("{min: 1.0e-4, max: 1.0, log: true}", "{min: 0.1, max: 0.35, step: 0.1}"))
+    go(found)
+    assert {row[3]["plugins.adamw.lr"] for row in results(found)} <= {0.1, 0.2, 0.3}
+
+
 def test_more_trials_go_on_and_another_sweep_in_the_folder_is_refused(sweep):
     found = sweep()
     go(found)

@@ -9,7 +9,7 @@ import typer
 
 from camshaft.cli.console import say
 from camshaft.cli.streams import announce
-from camshaft.errors import MachineError
+from camshaft.errors import MachineError, RecipeError
 
 
 def register(app: typer.Typer) -> None:
@@ -42,12 +42,15 @@ def sweep(
         finally:
             stop.uninstall()
         return
-    from camshaft.sweep.agents import text
+    from camshaft.sweep.agents import is_ours, text
 
     target = output or file.with_suffix(".wandb.yaml")
+    content = text(found, str(target))
     try:
-        target.write_text(text(found, str(target)), encoding="utf-8")
+        if target.exists() and not is_ours(target):
+            raise RecipeError(f"{target} exists and is no sweep for W&B's agents: give another name with --output")
+        target.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise MachineError(f"{target} cannot be written: {error.strerror}") from error
+        raise MachineError(f"{target} cannot be written: {error.strerror}. Give another with --output") from error
     say(f"written      {target}")
     say(f"next         wandb sweep {target}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from camshaft.errors import Problem, RecipeError
 from camshaft.recipe.emit import flow
 from camshaft.sweep.file import Choice, Span, Sweep
 
-_HEAD = """\
-# A sweep for W&B's agents, made of {source}. Its first line is the command that the agents start.
+_SIGN = "# A sweep for W&B's agents, made of "
+_HEAD = f"""\
+{_SIGN}{{source}}. Its first line is the command that the agents start.
 # Register it, then start as many agents as you like, where the recipe is:
-#   wandb sweep {target}
+#   wandb sweep {{target}}
 #   wandb agent <what that printed>
 """
 _NULL = "run it with --local, or leave null out"
@@ -39,6 +41,16 @@ def text(sweep: Sweep, target: str) -> str:
         else:
             lines.append(f"{key}: {flow(value)}")
     return head + "\n".join(lines) + "\n"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one that was written here before, by its first line.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(_SIGN)) == _SIGN.encode()
 
 
 def config(sweep: Sweep) -> dict[str, Any]:

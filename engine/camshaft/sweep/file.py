@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,16 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from camshaft.errors import Problem, RecipeError
-from camshaft.recipe import Resolved, faults, load
-from camshaft.recipe.emit import flow
+from camshaft.recipe import Resolved, faults
 from camshaft.recipe.nodes import Document, Node, Origin, plain
 from camshaft.recipe.reader import read_file
 from camshaft.recipe.schema import PositiveInt, RunName, Section
+from camshaft.sweep import values
 
 Scalar = str | int | float | bool | None
 Number = Annotated[int | float, Field(allow_inf_nan=False)]
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+|seed|name")
 _OURS = ("run", "name", "schema_version")
+_MOST = 100_000
+"""Values that the steps of a parameter may make: all of them are written out."""
 
 
 class Span(Section):
@@ -42,11 +44,29 @@ class Span(Section):
         """Whether its values are integers."""
         return all(isinstance(number, int) for number in (self.min, self.max, self.step or 1))
 
+    def named(self) -> list[Scalar]:
+        """The values that the file names."""
+        return [self.min, self.max]
+
     def grid(self) -> list[Scalar]:
         """Every value; there is a ``step``."""
+        low, step = Decimal(str(self.min)), Decimal(str(self.step))
+        kind = int if self.whole else float
+        return [kind(low + place * step) for place in range(self.count)]
+
+    @property
+    def last(self) -> int | float:
+        """The largest value: what its steps come to below ``max``, or that."""
+        if self.step is None:
+            return self.max
+        found = Decimal(str(self.min)) + (self.count - 1) * Decimal(str(self.step))
+        return int(found) if self.whole else float(found)
+
+    @property
+    def count(self) -> int:
+        """How many values its steps make; there is a ``step``. Decimal: three steps of 0.1 end at 0.3."""
         assert self.step is not None
-        count = int((self.max - self.min) / self.step + 1e-9) + 1
-        return [self.min + place * self.step for place in range(count)]
+        return int((Decimal(str(self.max)) - Decimal(str(self.min))) / Decimal(str(self.step))) + 1
 
 
 class Choice(Section):
@@ -54,6 +74,10 @@ class Choice(Section):
 
     values: Annotated[list[Scalar], Field(min_length=1)]
     """What is chosen from."""
+
+    def named(self) -> list[Scalar]:
+        """The values that the file names."""
+        return list(self.values)
 
     def grid(self) -> list[Scalar]:
         """Every value."""
@@ -132,13 +156,8 @@ class Sweep:
         return {**self.file.model_dump(mode="json", exclude={"trials"}), "recipe": self.base.dump()}
 
 
-def changes(parameters: Mapping[str, Any]) -> list[str]:
-    """Values as overrides of a recipe."""
-    return [f"{key}={flow(value)}" for key, value in parameters.items()]
-
-
 def read(path: Path) -> Sweep:
-    """Read a sweep's file and try its recipe with the first and the last value of every parameter.
+    """Read a sweep's file and try its recipe with every value that the file names.
 
     Raises:
         RecipeError: with every problem of the file, or of the recipe with these values.
@@ -154,20 +173,14 @@ def read(path: Path) -> Sweep:
     if problems:
         raise RecipeError(problems)
     recipe = path.parent / file.recipe
-    base = load(recipe, file.overrides)
-    for values in (_ends(file, 0), _ends(file, -1)):
-        load(recipe, [*file.overrides, *changes(values)])
-    problems = [_placed(document, problem) for problem in _unseen(file, base)]
+    try:
+        base = values.base(file, recipe)
+    except RecipeError as error:
+        raise RecipeError([_placed(document, problem) for problem in error.problems]) from None
+    problems = [_placed(document, problem) for problem in (*values.refused(file, recipe), *_unseen(file, base))]
     if problems:
         raise RecipeError(problems)
     return Sweep(file, path, recipe, base)
-
-
-def _ends(file: SweepFile, place: int) -> dict[str, Scalar]:
-    return {
-        key: each.values[place] if isinstance(each, Choice) else (each.min, each.max)[place]
-        for key, each in file.parameters.items()
-    }
 
 
 def _problems(file: SweepFile) -> list[Problem]:
@@ -195,6 +208,9 @@ def _span_problems(span: Span, where: str, method: str) -> list[Problem]:
     found = []
     if span.min >= span.max:
         found.append(Problem(f"min {span.min} is not below max {span.max}", key=where, fix="swap them"))
+    elif span.step is not None and span.count > _MOST:
+        fix = "raise step, or remove it: then any number between the two may be chosen"
+        found.append(Problem(f"steps of {span.step} make {span.count:,} values", key=f"{where}.step", fix=fix))
     if span.log and span.min <= 0:
         found.append(Problem("a logarithm needs min above 0", key=f"{where}.min", fix="raise min, or remove log"))
     if span.log and span.step is not None:
@@ -225,6 +241,7 @@ def _unseen(file: SweepFile, base: Resolved) -> list[Problem]:
 
 
 def _placed(document: Document, problem: Problem) -> Problem:
+    """``problem`` with its line, unless it has a place already."""
     return _locate(document.root, problem.key).place(problem)
 
 

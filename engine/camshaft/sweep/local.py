@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import CamshaftError, Interrupted, MachineError, RecipeError
 from camshaft.rundir import Lock
-from camshaft.sweep.file import Choice, Span, Sweep, changes
+from camshaft.sweep.file import Choice, Span, Sweep
 from camshaft.sweep.trial import Outcome, Program, Stop, Trial, Worse, train
+from camshaft.sweep.values import changes
 
 if TYPE_CHECKING:
     import optuna
@@ -29,13 +30,20 @@ def run(sweep: Sweep, stop: Stop, say: Say, program: Program = train) -> None:
     """Run the trials that are left; ``say`` is told of each.
 
     Raises:
-        MachineError: Optuna is not installed, or another process runs this sweep.
+        MachineError: Optuna is not installed, the folder or the study in it cannot be used, or another process runs
+            this sweep.
         RecipeError: the folder holds another sweep of this name.
         Interrupted: asked to stop; the same command goes on.
         CamshaftError: no trial came to a value.
     """
     _import().logging.set_verbosity(_import().logging.WARNING)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"the sweep's folder {sweep.folder} cannot be made: {error.strerror}. Set run.root of the recipe to a "
+            "writable place"
+        ) from error
     with ExitStack() as stack:
         stack.callback(Lock(sweep.folder).release)
         Runner(sweep, stop, say, program).run()
@@ -77,13 +85,20 @@ class Runner:
         pruning, pruner = sweep.file.pruning, pruners.NopPruner()
         if pruning is not None:
             pruner = pruners.MedianPruner(pruning.startup_trials, pruning.warmup_steps)
-        study: optuna.Study = self._optuna.create_study(
-            study_name=sweep.file.name,
-            storage=f"sqlite:///{(sweep.folder / 'study.db').resolve()}",
-            direction=sweep.file.metric.goal,
-            pruner=pruner,
-            load_if_exists=True,
-        )
+        path = (sweep.folder / "study.db").resolve()
+        try:
+            study: optuna.Study = self._optuna.create_study(
+                study_name=sweep.file.name,
+                storage=f"sqlite:///{path}",
+                direction=sweep.file.metric.goal,
+                pruner=pruner,
+                load_if_exists=True,
+            )
+        except Exception as error:  # of SQLAlchemy, of SQLite, or of Optuna, whichever looks first
+            raise MachineError(
+                f"{path} is no study that can be read ({str(error).partition(chr(10))[0]}). Move it away to begin "
+                "again, or give the sweep another name"
+            ) from error
         identity = hashlib.sha256(json.dumps(sweep.identity(), sort_keys=True).encode()).hexdigest()
         if study.user_attrs.get(_IDENTITY, identity) != identity:
             raise RecipeError(
@@ -119,9 +134,10 @@ class Runner:
         kinds = self._optuna.distributions
         if isinstance(each, Choice):
             return kinds.CategoricalDistribution(each.values)
+        last = each.last  # Optuna warns of an end that its steps do not meet
         if each.whole:
-            return kinds.IntDistribution(each.min, each.max, log=each.log, step=each.step or 1)
-        return kinds.FloatDistribution(float(each.min), float(each.max), log=each.log, step=each.step)
+            return kinds.IntDistribution(each.min, last, log=each.log, step=each.step or 1)
+        return kinds.FloatDistribution(float(each.min), float(last), log=each.log, step=each.step)
 
     def _finish(self, number: int, parameters: Mapping[str, Any], trial: optuna.Trial | None) -> None:
         """Run a trial and tell the study. One that an earlier process began is not pruned any more."""

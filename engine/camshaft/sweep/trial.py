@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 from camshaft.errors import MachineError
 from camshaft.rundir import RunDirectory
-from camshaft.sweep.file import Metric, changes
+from camshaft.sweep.file import Metric
+from camshaft.sweep.values import changes
 
 _POLL_S = 0.3
 _STOPPED = 130
