@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import platform
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,13 +36,46 @@ def main(words: Sequence[str]) -> None:
     options = _parser().parse_args(list(words))
     device = _device(options.device)
     path = Path(options.output) if options.output else table.place(device_of(device))
-    made = measure(device, tuple(options.dtype or DEFAULT_DTYPES), frozenset(options.op or ()), options.seconds)
+    partial = _place_for(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(made.dumps(), encoding="utf-8")
+        made = measure(device, tuple(options.dtype or DEFAULT_DTYPES), frozenset(options.op or ()), options.seconds)
+        whole = _beside_earlier(made, path)
+        partial.write_text(whole.dumps(), encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
         raise MachineError(f"{path} cannot be written: {error.strerror}") from error
-    say(f"{len(made.rows)} rows in {path}; plugins.kernels takes them where it says auto")
+    finally:
+        partial.unlink(missing_ok=True)
+    kept = len(whole.rows) - len(made.rows)
+    say(f"{len(made.rows)} rows in {path}" + (f", beside {kept} that were there" if kept else ""))
+    if options.output is None:
+        say("plugins.kernels takes them where it says auto")
+
+
+def _place_for(path: Path) -> Path:
+    """An empty file beside ``path``, made before anything is measured: minutes are not spent on what cannot be kept.
+
+    Raises:
+        MachineError: it cannot be made.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial.touch()
+    except OSError as error:
+        raise MachineError(f"{path} cannot be written: {error.strerror}. Give a file with --output") from error
+    return partial
+
+
+def _beside_earlier(made: Table, path: Path) -> Table:
+    """``made`` with what ``path`` has of the same machine and nobody measured now: other operations, other dtypes."""
+    before = table.read(path, made.device) if path.is_file() else None
+    if before is None or dict(before.machine) != dict(made.machine):
+        return made
+    fresh = {(row.op, row.dtype) for row in made.rows}
+    return replace(made, rows=(*(row for row in before.rows if (row.op, row.dtype) not in fresh), *made.rows))
 
 
 def _parser() -> argparse.ArgumentParser:

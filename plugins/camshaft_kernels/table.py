@@ -75,13 +75,14 @@ def load(device: str) -> Table | None:
         own = None
     for path in (own, SHIPPED / f"{device.replace(':', '-')}.json"):
         if path is not None and path.is_file():
-            found = _read(path, device)
+            found = read(path, device)
             if found is not None:
                 return found
     return None
 
 
-def _read(path: Path, device: str) -> Table | None:
+def read(path: Path, device: str) -> Table | None:
+    """The table for ``device`` in a file; None, and a warning, where there is none that can be read."""
     try:
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT or tree["device"] != device:

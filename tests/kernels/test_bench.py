@@ -44,6 +44,31 @@ def test_some_operations_to_a_file_of_ones_own(tmp_path, capsys):
     assert len(tree["rows"]) == 4, "two sizes, two dtypes"
 
 
+def test_operations_that_were_not_measured_again_stay_in_the_table(tmp_path, capsys):
+    path = tmp_path / "table.json"
+    words = ["bench", "kernels", "--device", "cpu", "--seconds", "0", "--output", str(path), "--dtype", "fp32"]
+    assert run([*words, "--op", "linear_cross_entropy"]) == 0
+    assert run([*words, "--op", "document_attention"]) == 0
+    assert "beside 2 that were there" in capsys.readouterr().out
+    rows = [(row["op"], row["dtype"]) for row in json.loads(path.read_text())["rows"]]
+    assert sorted(set(rows)) == [("document_attention", "fp32"), ("linear_cross_entropy", "fp32")]
+    assert run([*words, "--op", "document_attention"]) == 0
+    assert len(json.loads(path.read_text())["rows"]) == len(rows), "measured again, not added again"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({**tree, "machine": {"name": "another"}}))
+    assert run([*words, "--op", "document_attention"]) == 0
+    assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {"document_attention"}
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["table.json"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "table.json"):
+        assert run(["bench", "kernels", "--device", "cpu", "--output", str(place)]) == 3
+        assert "cannot be written" in capsys.readouterr().err
+
+
 def test_each_case_runs_with_every_form_of_torch(monkeypatch):
     """Forward and backward, with entries and without: what cannot be timed would be left out in silence."""
     timed = set()

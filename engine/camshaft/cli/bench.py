@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from camshaft import host
-from camshaft.cli.console import table
+from camshaft.cli.console import say, table
 from camshaft.errors import PluginError, RecipeError
 
 COMMAND = "bench"
@@ -27,6 +27,8 @@ def bench(
 ) -> None:
     """Measure what a plugin chooses by on this machine; `camshaft bench PLUGIN --help` shows its options."""
     if plugin in ("", "-h", "--help"):
+        if plugin:
+            say("Usage: camshaft bench PLUGIN [OPTIONS]...\n\n  Measure what a plugin chooses by on this machine.\n")
         table(("PLUGIN", "OFFERED BY"), [(name, host.distribution(host.installed()[name])) for name in able()])
         return
     load(plugin)([*context.args])
