@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def candidates(global_batch_size: int, data_ranks: int, microbatches: int = 1) -
     """
     own = global_batch_size // data_ranks
     most = max(1, own // microbatches)
-    return [size for size in range(1, most + 1) if own % size == 0]
+    small = [size for size in range(1, isqrt(own) + 1) if own % size == 0]
+    return [size for size in sorted({*small, *(own // size for size in small)}) if size <= most]
 
 
 def planned(peaks: Mapping[int, int], memory: int) -> int:

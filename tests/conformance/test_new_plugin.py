@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -122,7 +123,10 @@ def test_what_exists_is_never_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Best-Loss", "take lower-case letters, digits and underscores, for example 'best_loss'"),
+        ("Best-Loss", "take lower-case letters, digits and single underscores between them, for example 'best_loss'"),
+        ("Best--Loss2_", "for example 'best_loss2'"),
+        ("mine_", "no name of a plugin.*for example 'mine'"),
+        ("a" * 65, "65 characters is too long: take 64 at most"),
         ("2fast", "no name of a plugin"),
         ("../up", "no name of a plugin"),
         ("é", "no name of a plugin"),
@@ -142,3 +146,9 @@ def test_the_command_says_what_comes_next(tmp_path: Path, capsys: pytest.Capture
     assert f"pytest {tmp_path / 'camshaft-mine'}" in capsys.readouterr().out
     assert run(["new-plugin", "mine", "--kind", "tracker", "--into", str(tmp_path)]) == 2
     assert "there is no kind 'tracker': use one of observer, reducer" in capsys.readouterr().err
+    assert run(["new-plugin", "mine", "--kind", "observer", "--into", str(tmp_path / "a b")]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [shlex.split(line)[-1] for line in lines] == [
+        *[str(tmp_path / "a b" / "camshaft-mine")] * 2,
+        str(tmp_path / "a b" / "camshaft-mine" / "recipe.yaml"),
+    ]

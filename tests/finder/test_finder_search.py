@@ -55,6 +55,8 @@ def test_candidates_keep_the_global_batch():
     assert candidates(7, 1) == [1, 7]
     assert candidates(24, 2, microbatches=4) == [1, 2, 3]  # 12 of a rank in at least 4
     assert candidates(4, 2, microbatches=4) == [1]
+    assert candidates(10**15 + 37, 1) == [1, 10**15 + 37], "a prime, and no search through all that is below"
+    assert candidates(36, 1) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert planned(PEAKS, 33) == 3 and planned(PEAKS, 1) == 1
 
 
@@ -108,6 +110,9 @@ def test_plan_and_validate_take_auto_and_plan_says_what_it_would_choose(automati
     size = planned(peaks, int(MEMORY * 2**30))
     assert 1 < size < 12 and f"micro batch  auto: {size} by the plan" in text
     assert f"global 24 = micro {size} x accumulation {12 // size} x data ranks 2" in text
+    vast = automatic(launch={"device": "cpu", "memory_gib": 1e300})
+    assert run(["plan", str(vast.path), "--world-size", "2"]) == 0
+    assert "micro batch  auto: 12 by the plan" in capsys.readouterr().out
     unknown = automatic(launch={"device": "auto"})
     assert run(["plan", str(unknown.path), "--world-size", "2"]) == 0
     assert "set launch.memory_gib" in capsys.readouterr().out

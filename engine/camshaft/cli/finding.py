@@ -79,7 +79,7 @@ def chosen(resolved: Resolved, world_size: int) -> tuple[Resolved, str]:
 def stated(resolved: Resolved) -> int | None:
     """Bytes of a rank that the recipe gives; None if it leaves them to the device."""
     given = resolved.recipe.launch.memory_gib
-    return None if isinstance(given, str) else int(given * 2**30)
+    return None if isinstance(given, str) else int(min(given * 2**30, sys.maxsize))
 
 
 def memory_of(resolved: Resolved, processes: int, device: str) -> int:

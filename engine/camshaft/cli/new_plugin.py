@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,6 @@ def new_plugin(
     """Write a pip-installable package: a working plugin, its conformance test, a recipe, CI and a README."""
     folder = scaffold.write(scaffold.Request(name, kind, license), into)
     say(f"{folder} is a package with a working {kind}. Next:")
-    say(f"  pip install --editable {folder}")
-    say(f"  pytest {folder}")
-    say(f"  camshaft train {folder / 'recipe.yaml'}")
+    say(f"  pip install --editable {shlex.quote(str(folder))}")
+    say(f"  pytest {shlex.quote(str(folder))}")
+    say(f"  camshaft train {shlex.quote(str(folder / 'recipe.yaml'))}")

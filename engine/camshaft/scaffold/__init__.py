@@ -22,6 +22,9 @@ from camshaft.schedules import offered
 
 LICENSES = {"apache-2.0": "apache-2.0.in", "mit": "mit.in"}
 _TEMPLATES = files(__package__) / "templates"
+_NAME = r"[a-z][a-z0-9]*(_[a-z0-9]+)*"
+"""Of it pip's name is made, which ends with a letter or a digit, and in which runs of hyphens are one."""
+_LONGEST = 64
 _PLACE = re.compile(r"@@(\w+)@@")
 
 
@@ -57,10 +60,15 @@ def check_name(name: str) -> None:
     Raises:
         RecipeError: with the reason and a fix.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        near = re.sub(r"\W+", "_", name.lower(), flags=re.ASCII).strip("_0123456789")
+    if not re.fullmatch(_NAME, name):
+        near = re.sub(r"[\W_]+", "_", name.lower(), flags=re.ASCII).lstrip("_0123456789").rstrip("_")
         hint = f", for example '{near}'" if near else ""
-        raise RecipeError(f"'{name}' is no name of a plugin: take lower-case letters, digits and underscores{hint}")
+        raise RecipeError(
+            f"'{name}' is no name of a plugin: take lower-case letters, digits and single underscores between them"
+            f"{hint}"
+        )
+    if len(name) > _LONGEST:
+        raise RecipeError(f"a name of {len(name)} characters is too long: take {_LONGEST} at most")
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
         raise RecipeError(f"'{name}' is a word of Python's own: choose another name")
     if name in installed() or name in offered():
