@@ -215,8 +215,8 @@ class TestExplain:
     def test_one_key_and_a_section(self, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(["explain", recipe, "batch", "name"]) == 0
         keys = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-        batch = ["batch.micro_batch_size", "batch.global_batch_size", "batch.gradient_accumulation_steps"]
-        assert keys == ["KEY", *batch, "name"]
+        batch = ["micro_batch_size", "global_batch_size", "gradient_accumulation_steps", "on_out_of_memory"]
+        assert keys == ["KEY", *(f"batch.{key}" for key in batch), "name"]
 
     @pytest.mark.parametrize(
         ("key", "meant"),

@@ -37,7 +37,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def proposed(recipe: str, overrides: list[str], world_size: int) -> list[list[str]]:
     """Words after the program's name of every line."""
-    world = SimpleNamespace(recipe=load(recipe, overrides).recipe, world_size=world_size)
+    loaded = load(recipe, overrides).recipe
+    world = SimpleNamespace(recipe=loaded, batch=loaded.batch, world_size=world_size)
     state: Any = SimpleNamespace(world=world)
     lines = [shlex.split(line) for line, _ in closing.next_steps(state, recipe, overrides)]
     program = closing.program()

@@ -77,13 +77,14 @@ def test_the_picture_shows_every_hook_once_and_inside_its_borders(scheme: str) -
 def test_every_key_is_in_the_reference_with_a_meaning() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \|.*\| (.*) \|$", read(ROOT / "docs" / "recipe.md"), re.MULTILINE)
     options = {
-        f"plugins.{shipped.name}.{name}"
+        f"plugins.{shipped.name}.{field.alias or name}"
         for shipped in inventory.plugins()
-        for name in shipped.plugin.Options.model_fields
+        for name, field in shipped.plugin.Options.model_fields.items()
     }
     core = {"name", "model.qk_norm", "data.train.blend.weight", "launch.group_timeout_s", "run.dir"}
     assert core | options <= {key for key, _ in rows}
     assert [key for key, meaning in rows if not meaning.strip()] == []
+    assert "plugins.tensor_parallel.async" in options, "a key that is no name in Python"
 
 
 class Example(BaseModel):
@@ -142,8 +143,43 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_the_readme_names_exactly_the_commands_that_exist() -> None:
     done = subprocess.run([sys.executable, "-m", "camshaft", "--help"], capture_output=True, text=True, check=True)
     exist = set(re.findall(r"^  ([a-z][a-z-]*)  ", done.stdout, re.MULTILINE))
-    named = set(re.findall(r"^\| `camshaft ([a-z-]+)", read(ROOT / "README.md"), re.MULTILINE))
-    assert exist and named == exist
+    named = re.findall(r"^\| `camshaft ([a-z-]+)", read(ROOT / "README.md"), re.MULTILINE)
+    assert exist and sorted(named) == sorted(exist), "each once"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    pages |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "plugins").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\((docs/[\w/.-]+)", read(ROOT / "README.md")))
+
+
+def test_what_is_quoted_of_a_plan_is_what_it_prints() -> None:
+    (quoted,) = re.findall(r"```console\n\$ camshaft (plan .*?)```", read(ROOT / "docs" / "memory.md"), re.DOTALL)
+    command, *lines = [line for line in quoted.splitlines() if line != "..."]
+    done = subprocess.run(
+        [sys.executable, "-m", "camshaft", *command.split()], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(lines) >= 4 and [line for line in lines if line not in done.stdout.splitlines()] == []
+
+
+def test_the_fragment_on_memory_is_legal(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", read(ROOT / "docs" / "memory.md"), re.DOTALL)
+    base = ROOT / "recipes" / "llama3_8b_ddp.yaml"
+    (tmp_path / "recipe.yaml").write_text(f"extends: {base}\nschema_version: 1\nname: fragment\n{text}")
+    done = subprocess.run(
+        [sys.executable, "-m", "camshaft", "validate", str(tmp_path / "recipe.yaml"), "--world-size", "64"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_sweep_of_the_page_is_one(tmp_path: Path) -> None:
+    from camshaft.sweep.file import read as read_sweep
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", read(ROOT / "docs" / "sweeps.md"), re.DOTALL)
+    (tmp_path / "quickstart.yaml").write_text(read(ROOT / "recipes" / "quickstart.yaml"))
+    (tmp_path / "rates.yaml").write_text(text)
+    assert read_sweep(tmp_path / "rates.yaml").total == 20
 
 
 def test_the_readme_names_every_exit_status() -> None:

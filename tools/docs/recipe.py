@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from camshaft.models.config import resolve
 from camshaft.models.presets import PRESETS
+from camshaft.recipe.faults import keys_of
 from camshaft.recipe.schema import Model, Recipe
 from tools.docs import types
 from tools.docs.inventory import plugins
@@ -67,7 +68,7 @@ def _presets() -> list[str]:
 def _nested(block: type[BaseModel], key: str, level: int, seen: set[type[BaseModel]]) -> list[str]:
     """Tables of the blocks inside a block, each class once."""
     lines: list[str] = []
-    for name, field in block.model_fields.items():
+    for name, field in keys_of(block).items():
         for inner in types.blocks(field.annotation):
             if inner not in seen:
                 seen.add(inner)
@@ -85,7 +86,7 @@ def _rows(block: type[BaseModel], key: str) -> list[str]:
     if not block.model_fields:
         return ["", "No options."]
     lines = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in block.model_fields.items():
+    for name, field in keys_of(block).items():
         full = f"{key}.{name}" if key else name
         lines.append(f"| `{full}` | {types.field_type(field)} | {types.default(field)} | {_meaning(field)} |")
     return lines
