@@ -19,14 +19,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from camshaft.errors import OutOfMemory, Problem, is_out_of_memory
-from camshaft.host import installed
+from camshaft.host import Host
 from camshaft.program import Action, Kind
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from camshaft.claims import Plan
+    from camshaft.claims import Plan, PlanContext
     from camshaft.data.loader import Batch
     from camshaft.state import State
     from camshaft.strokes import Strokes
@@ -42,8 +42,10 @@ SENDING = ("gradient.reduce", "parameter.layout", "activation.layout")
 KEY = "batch.on_out_of_memory"
 
 
-def problems(plans: Mapping[str, Plan], owners: Mapping[str, Sequence[str]]) -> Iterable[Problem]:
-    """What keeps a microbatch from being run again in halves."""
+def problems(
+    plans: Mapping[str, Plan], owners: Mapping[str, Sequence[str]], context: PlanContext | None = None
+) -> Iterable[Problem]:
+    """What keeps a microbatch from being run again in halves. ``context``: what plugins were asked with."""
     for name, plan in plans.items():
         sends = any(claim.axis and claim.resource in SENDING for claim in plan.claims)
         if sends and QUIET not in plan.provides and name not in owners.get("schedule", ()):
@@ -51,7 +53,7 @@ def problems(plans: Mapping[str, Plan], owners: Mapping[str, Sequence[str]]) -> 
                 f"{KEY}=halve and plugin '{name}' exclude each other: as it is set up, '{name}' exchanges tensors "
                 "during forward or backward, where a rank that has to begin again would be waited for",
                 key=KEY,
-                fix=f"set {_overlap_of(name)}{KEY}=stop",
+                fix=f"set {_overlap_of(name, context)}{KEY}=stop",
             )
     for name in owners.get("schedule", ()):
         yield Problem(
@@ -62,11 +64,14 @@ def problems(plans: Mapping[str, Plan], owners: Mapping[str, Sequence[str]]) -> 
         )
 
 
-def _overlap_of(name: str) -> str:
-    """The option that most owners of a reduction have for it."""
-    point = installed().get(name)
-    fields = point.load().Options.model_fields if point is not None else {}
-    return f"plugins.{name}.overlap=false, or " if "overlap" in fields else ""
+def _overlap_of(name: str, context: PlanContext | None) -> str:
+    """The option that most owners of a reduction have for it, where it helps: the plugin is asked again without it."""
+    options = None if context is None else context.recipe.plugins.get(name)
+    if options is None or getattr(options, "overlap", False) is not True:
+        return ""
+    host = Host.of({name: options.model_copy(update={"overlap": False})})
+    quiet = any(QUIET in plan(context).provides for _, plan in host.implementations("plan"))
+    return f"plugins.{name}.overlap=false, or " if quiet else ""
 
 
 class Halver:

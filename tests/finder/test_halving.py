@@ -121,6 +121,7 @@ def test_a_sample_that_does_not_fit_and_a_recipe_that_says_stop_end_the_run(reci
         ({"ddp": None, "zero": {"stage": 1}}, {}, {"zero": "plugins.zero.overlap=false"}),
         ({"ddp": None, "zero": {"stage": 2, "overlap": False}}, {}, {"zero": "=stop"}),
         ({"ddp": None, "zero": {"stage": 3, "overlap": False}}, {}, {"zero": "=stop"}),
+        ({"ddp": None, "zero": {"stage": 3}}, {}, {"zero": "=stop"}),  # it gathers in a forward, overlapped or not
         ({"ddp": None, "deepspeed": {"stage": 1}}, {}, {"deepspeed": "=stop"}),
         ({"ddp": None, "tensor_parallel": {}}, {"tensor_parallel": 2}, {"tensor_parallel": "=stop"}),
         ({"ddp": None, "pipeline": {"schedule": "1f1b"}}, {"pipeline_parallel": 2}, {"pipeline": "=stop"}),
@@ -136,6 +137,7 @@ def test_validate_refuses_owners_that_exchange_during_a_microbatch(make_recipe, 
     (found,) = [each for each in check(resolved, 2).problems if each.key == "batch.on_out_of_memory"]
     for name, fix in names.items():
         assert f"'{name}'" in found.message and "halve" in found.message and fix in found.fix
+        assert ("overlap" in found.fix) == ("overlap" in fix), "an option that does not help is not named"
 
 
 @pytest.mark.parametrize(

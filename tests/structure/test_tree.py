@@ -125,7 +125,7 @@ AREAS = {
         1250,
     ),
     "operations": (("ops.py",), 250),
-    "finder": (("finder.py", "trial.py", "halving.py"), 350),
+    "finder": (("finder.py", "trial.py", "halving.py"), 360),
     "proofs": (("verify/", "contracts.py"), 2000),
     "profiling": (("profiling/", "datasheet.py"), 1800),
     "sweep": ("sweep/", 850),

@@ -148,7 +148,7 @@ class _Run:
                 self.checked.plans[name] = _a_plan(name, plan(context))
         self.problems += claims.check(self.checked.plans, self.checked.mesh, self.checked.owners)
         if self.recipe.batch.on_out_of_memory == "halve":
-            self.problems += halving.problems(self.checked.plans, self.checked.owners)
+            self.problems += halving.problems(self.checked.plans, self.checked.owners, context)
 
 
 def _a_plan(name: str, found: object) -> Plan:
