@@ -131,6 +131,14 @@ def test_one_process_tries_in_processes_of_their_own_and_a_run_that_goes_on_keep
     assert found_in(folder) == found and steps_in(folder) == [1, 2, 3]
 
 
+def test_a_size_that_fits_in_halves_alone_does_not_fit(start):
+    """What may be halved later is not halved in trials, where any size would fit."""
+    done, folder = start(1, 2, "launch.memory_gib=2", "batch.on_out_of_memory=halve")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(each["micro_batch_size"], each["fits"]) for each in found_in(folder)["trials"]] == [(4, False), (2, True)]
+    assert yaml.safe_load((folder / "resolved.yaml").read_text())["batch"]["on_out_of_memory"] == "halve"
+
+
 def test_memory_that_is_stated_counts_for_what_the_whole_process_holds(start):
     done, folder = start(1, 99, "launch.memory_gib=0.05", "batch.global_batch_size=1")
     assert done.returncode == 4, done.stdout + done.stderr

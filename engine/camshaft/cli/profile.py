@@ -136,13 +136,17 @@ def _rank(station: Station, recipe: str, changes: Sequence[str], windows: tuple[
 
 
 def lean(recipe: str, changes: Sequence[str], world_size: int) -> tuple[Resolved, list[str]]:
-    """The recipe without plugins that only tell, load or save, and their names."""
+    """The recipe without plugins that only tell, load or save, and their names.
+
+    What runs out of memory ends it: in halves a trial of any micro batch would fit, and a window have other phases.
+    """
     resolved = load(recipe, changes, world_size=world_size)
     checked = check(resolved, world_size, device="any")
     checked.require()
     _settled(resolved)
     left_out = telling(Host.of(resolved.recipe.plugins), checked)
-    resolved = load(recipe, [*changes, *(f"plugins.{name}=null" for name in left_out)], world_size=world_size)
+    without = [*(f"plugins.{name}=null" for name in left_out), "batch.on_out_of_memory=stop"]
+    resolved = load(recipe, [*changes, *without], world_size=world_size)
     check(resolved, world_size, device="any").require()
     return resolved, left_out
 
