@@ -20,8 +20,8 @@ compilation only, so the hook ``activations`` is not implemented and the plan st
 window reaches. Claims nothing. Every module inside of a compiled one is in ``world.pieces``.
 
 Refused: modules inside of which others put hooks or forwards later (split backwards of a pipeline, DeepSpeed's stage
-3), the backend ``inductor`` where there is no compiler, CUDA graphs elsewhere than on CUDA. This module imports no
-torch.
+3), the backend ``inductor`` where there is no compiler, CUDA graphs elsewhere than on CUDA or with several microbatches
+a step. This module imports no torch.
 """
 
 from __future__ import annotations

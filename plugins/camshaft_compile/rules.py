@@ -56,6 +56,23 @@ def _of_options(options: Options, context: PlanContext, key: str) -> Iterator[Pr
         yield _no_graphs(
             "a replayed CUDA graph writes where it wrote before, and a pipeline holds several microbatches at once", key
         )
+    elif (times := _microbatches(context)) > 1:
+        # github.com/pytorch/pytorch/issues/169545 (an error) and 96693 (wrong sums).
+        yield Problem(
+            "autograd takes a gradient that a CUDA graph has made over without a copy, the next microbatch's replay "
+            f"writes there again, and a step has, or may come to have, {times} microbatches",
+            key=f"{key}.cuda_graphs",
+            fix=f"set {key}.cuda_graphs=false, or make all that a rank has of a batch one microbatch "
+            "(batch.micro_batch_size), without batch.on_out_of_memory=halve",
+        )
+
+
+def _microbatches(context: PlanContext) -> int:
+    """Of one step on one rank, as far as the recipe tells; 2 where a microbatch may be halved."""
+    batch = context.recipe.batch
+    given = batch.micro_batch_size if isinstance(batch.micro_batch_size, int) else batch.global_batch_size
+    times = batch.global_batch_size // (given * context.mesh.batch_degree)
+    return max(times, 2 if batch.on_out_of_memory == "halve" else 1)
 
 
 def _no_graphs(message: str, key: str) -> Problem:

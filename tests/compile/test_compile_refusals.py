@@ -57,6 +57,24 @@ def test_cuda_graphs_are_refused_where_shapes_change_or_microbatches_overlap(mak
         assert len(found) == 1 and reason in found[0]
 
 
+@pytest.mark.parametrize(
+    ("batch", "refused"),
+    [
+        ({"micro_batch_size": 8}, False),
+        ({"micro_batch_size": 4}, True),
+        ({"micro_batch_size": 4, "ranks": 2}, False),
+        ({"micro_batch_size": 8, "on_out_of_memory": "halve"}, True),
+    ],
+    ids=["one", "two", "two ranks", "halves"],
+)
+def test_cuda_graphs_are_refused_where_gradients_of_microbatches_add_up(batch, refused, make_recipe):
+    """A replay would write over the gradient of the microbatch before, which nothing on a CPU shows."""
+    ranks, batch = batch.get("ranks", 1), {key: value for key, value in batch.items() if key != "ranks"}
+    resolved = recipe(make_recipe, ranks, {"cuda_graphs": True}, batch={"global_batch_size": 8, **batch})
+    found = [each for each in problems(resolved, ranks, "any") if "cuda_graphs" in each]
+    assert len(found) == refused and all("next microbatch's replay" in each for each in found), found
+
+
 def test_a_machine_without_a_compiler_is_told_so(make_recipe, monkeypatch, tmp_path):
     resolved = recipe(make_recipe, 1, {})
     assert problems(resolved) == []
