@@ -43,10 +43,10 @@ class _Product(torch.autograd.Function):
         if rowwise:
             if ctx.needs_input_grad[0]:
                 left, right = (quantise(each, E4M3, rowwise=True) for each in (gradient, weight.t()))
-                towards = product(left, _contiguous(right), fast=True)
+                towards = product(left, right, fast=True)
             if ctx.needs_input_grad[1] and not ctx.wide:
                 pair = (quantise(_padded(each).t(), E4M3, rowwise=True) for each in (gradient, source))
-                product_of_weight = product(*map(_contiguous, pair), fast=True)
+                product_of_weight = product(*pair, fast=True)
         else:
             # Scaled as a whole, a tensor has the same 8 bits in every product.
             rounded = _rounded(gradient, "gradient", E5M2, False, ctx.meter, True)
@@ -74,12 +74,8 @@ def _rounded(tensor: Tensor, what: str, dtype: torch.dtype, rowwise: bool, meter
 
 
 def _turned(rounded: Rounded) -> Rounded:
-    """The transpose of what is scaled as a whole, in memory too."""
-    return rounded._replace(values=rounded.values.t().contiguous())
-
-
-def _contiguous(rounded: Rounded) -> Rounded:
-    return rounded._replace(values=rounded.values.contiguous())
+    """The transpose of what is scaled as a whole."""
+    return rounded._replace(values=rounded.values.t())
 
 
 def _padded(rows: Tensor) -> Tensor:

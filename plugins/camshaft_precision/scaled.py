@@ -64,7 +64,7 @@ def product(left: Rounded, right: Rounded, *, fast: bool) -> Tensor:
 
     Both are scaled as a whole or both by rows. ``fast``: tensor cores may accumulate in fewer bits than fp32.
     """
-    a, b = left.values, right.values
+    a, b = left.values.contiguous(), right.values.contiguous()  # whatever strides the model has given them
     if a.device.type == "cpu" and not _CPU_KERNEL:
         return (a.float().mul(left.inverse) @ b.float().mul(right.inverse).t()).to(torch.bfloat16)
     rowwise = left.inverse.ndim == 2

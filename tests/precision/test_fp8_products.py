@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from camshaft.comm import Channel
+from camshaft.testing.ranks import run_ranks
 from camshaft_precision import scaled
 from camshaft_precision.delayed import Meter, Ring
 from camshaft_precision.linear import forward_of
@@ -61,6 +63,38 @@ def test_products_equal_the_explicit_ones(rowwise, left, m, k, n):
     want = explicit(a, left, rowwise) @ explicit(b, E4M3, rowwise).t()
     assert made.dtype == torch.bfloat16 and made.shape == (m, n)
     assert float((made.double() - want).norm() / want.norm()) < BF16_ULP
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rowwise", [False, True])
+@pytest.mark.parametrize("tokens", [16, 9])
+def test_matrices_lie_as_a_gpus_kernels_take_them(rowwise, wide, tokens, monkeypatch):
+    """The first by rows, the second by columns, whatever strides input and gradient have: a CPU takes any."""
+    seen = []
+
+    def scaled_mm(a, b, one, recipe, other, same, *, output_dtype, use_fast_accum):
+        assert a.stride() == (a.shape[1], 1) and b.stride() == (1, b.shape[0])
+        assert a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0
+        assert one.shape == ((len(a), 1) if rowwise else ()) and other.shape == ((1, b.shape[1]) if rowwise else ())
+        assert one.is_contiguous() and other.is_contiguous() and output_dtype == torch.bfloat16
+        assert recipe == same and {a.dtype, b.dtype} <= {E4M3, E5M2} and b.dtype == E4M3
+        seen.append(use_fast_accum)
+        return (a.float().mul(one) @ b.float().mul(other)).bfloat16()
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(scaled, "_CPU_KERNEL", True)
+    found = []
+    for turned in (False, True):
+        module = layer(32, 48, True)
+        source = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(2))
+        gradient = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
+        if turned:
+            source, gradient = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (source, gradient))
+        source.requires_grad_()
+        forward_of(module, rowwise=rowwise, wide=wide, meter=None)(source).backward(gradient)
+        found.append([source.grad, module.weight.grad, module.bias.grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert seen == 2 * [True, rowwise, *([] if wide else [rowwise])], "gradients tensorwise with all bits of fp32"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -179,6 +213,21 @@ def test_a_ring_goes_on_from_its_state_in_another_length_and_with_other_layers()
     for _ in range(2):
         same.turn(), ring.turn()
     assert same.state_dict() == ring.state_dict()
+
+
+def agreed(rank, world_size):
+    ring = Ring(["a"], 2, torch.device("cpu"), Channel(torch.distributed.group.WORLD, "precision", "dp"))
+    ring.meter("a").note("input", torch.tensor(1.0 + 6 * rank))
+    ring.meter("a").note("weight", torch.tensor(3.0))
+    ring.turn()
+    return ring.history.tolist(), ring.scales.tolist()
+
+
+def test_ranks_agree_on_the_largest_of_all():
+    """Not on a sum: what all of them have alike would grow with their number."""
+    for history, scales in run_ranks(2, agreed, timeout_s=60):
+        assert history == [[[7.0, 3.0, 0.0]], [[0.0, 0.0, 0.0]]]
+        assert scales == [[64.0, 128.0, 0.0]]
 
 
 def test_a_window_that_is_not_finite_leaves_the_scales():
