@@ -98,12 +98,16 @@ class LossScaler:
 def unscale_(gradients: Sequence[Tensor], found: Tensor, inverse: Tensor) -> None:
     """Multiply ``gradients`` by ``inverse`` in place; ``found`` becomes 1 if any of them is not finite.
 
-    ``found`` and ``inverse`` are fp32 scalars where the gradients are. One pass over the gradients. torch has no public
-    name for it: ``torch.amp.GradScaler`` calls the same function, but agrees on nothing with other ranks.
+    ``found`` and ``inverse`` are fp32 scalars where the gradients are. One pass over the gradients, for each dtype: the
+    function reads all that it gets in the dtype of the first. torch has no public name for it:
+    ``torch.amp.GradScaler`` calls the same function, but agrees on nothing with other ranks.
     """
-    filled = [gradient for gradient in gradients if gradient.numel()]
-    if filled:
-        torch._amp_foreach_non_finite_check_and_unscale_(filled, found, inverse)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        if gradient.numel():
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for several in by_dtype.values():
+        torch._amp_foreach_non_finite_check_and_unscale_(several, found, inverse)
 
 
 def _axes(shape: MeshShape) -> list[str]:

@@ -71,6 +71,25 @@ def test_one_bad_value_skips_the_step_and_halves_the_scale(bad):
     assert state.extras == {"plugin/precision/loss_scale": 32768.0, "plugin/precision/skipped_steps": 1}
 
 
+def test_each_dtype_is_unscaled_by_itself(monkeypatch):
+    """A GPU's function reads every tensor that it gets in the dtype of the first."""
+    function, lists = torch._amp_foreach_non_finite_check_and_unscale_, []
+
+    def spy(gradients, found, inverse):
+        lists.append({gradient.dtype for gradient in gradients})
+        function(gradients, found, inverse)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", spy)
+    narrow, wide = torch.full((3,), 8.0, dtype=torch.float16), torch.full((2,), 16.0)
+    found, inverse = torch.zeros(()), torch.tensor(0.25)
+    unscale_([narrow, wide, narrow.clone()], found, inverse)
+    assert lists == [{torch.float16}, {torch.float32}]
+    assert narrow.tolist() == [2.0] * 3 and wide.tolist() == [4.0] * 2 and not found
+    wide[1] = float("inf")
+    unscale_([wide, narrow], found, inverse)
+    assert found == 1.0, "what comes later and is finite takes nothing back"
+
+
 def test_parts_without_gradients_are_left_out():
     state = stub()
     scaler = scaler_of(state)
