@@ -74,10 +74,10 @@ class Plugin(camshaft.Plugin):
         update = world.ops.updates.get("adamw")
         if update is None:
             return AdamW(groups, lr=options.lr, betas=(beta1, beta2), eps=options.eps, fused=True)
-        from camshaft_adamw.optimizer import UpdateAdamW
+        from camshaft_adamw import optimizer
 
         world.scales_gradients = True
-        return UpdateAdamW(groups, update, lr=options.lr, betas=(beta1, beta2), eps=options.eps)
+        return optimizer.AdamW(groups, update, lr=options.lr, betas=(beta1, beta2), eps=options.eps)
 
     @camshaft.hookimpl
     def around_step(self, state: State, call: Step) -> Step:

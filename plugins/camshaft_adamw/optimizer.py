@@ -11,16 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import AdamW
+from torch import Tensor, optim
 
 Update = Callable[..., None]
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 """Parameters, gradients, first and second moments."""
 
 
-class UpdateAdamW(AdamW):
-    """The same optimizer and state, its arithmetic done by ``update`` (an entry of ``world.ops.updates``)."""
+class AdamW(optim.AdamW):
+    """The same optimizer and state, its arithmetic done by ``update`` (an entry of ``world.ops.updates``).
+
+    Its name is the same too, by which checkpoints tell whose state they hold: runs go on from one to the other.
+    """
 
     scale: Tensor | None = None
     """Factor on the gradients of the next step, a scalar where they are; None is 1."""

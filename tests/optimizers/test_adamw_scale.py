@@ -9,7 +9,7 @@ from camshaft.ops import Ops
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_within, compare
 from camshaft.testing.run import record_ranks
-from camshaft_adamw.optimizer import UpdateAdamW
+from camshaft_adamw.optimizer import AdamW
 
 BETAS, EPS, LR = (0.9, 0.95), 1e-8, 0.01
 
@@ -35,7 +35,7 @@ def textbook_update(parameters, gradients, first, second, step, *, lr, betas, ep
 def built(kind, tensors, dtype):
     groups = [{"params": tensors[:1], "weight_decay": 0.1}, {"params": tensors[1:], "weight_decay": 0.0}]
     if kind == "update":
-        return UpdateAdamW(groups, textbook_update, lr=LR, betas=BETAS, eps=EPS)
+        return AdamW(groups, textbook_update, lr=LR, betas=BETAS, eps=EPS)
     return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
 
 
@@ -99,6 +99,25 @@ def test_runs_agree_with_torchs_optimizer(make_recipe, storage):
     left, before = (record_ranks(resolved, 2, observers)[0] for observers in ({"offers": Offers()}, {}))
     assert all(record.norm > 0.05 for record in before), "clipping is active"
     worst = compare(left, before)
+    assert_within(worst, dict.fromkeys(worst, 1e-12))
+
+
+@pytest.mark.parametrize("first", ["torch's", "ours"])
+def test_a_run_goes_on_with_the_other_arithmetic(make_recipe, tmp_path, first):
+    """Another machine may have other kernels: the state is the same."""
+    plugins = {"adamw": {"lr": 0.01}, "clip": {"max_norm": 0.05}, "precision": {"compute": "fp64"}, "ddp": None}
+
+    def run(steps, own):
+        saves = {"checkpoint": {"every_steps": 2}}
+        training = {"max_steps": steps, "log_every": 1}
+        resolved = make_recipe(plugins | saves, 1, training=training, run={"dir": str(tmp_path / first)})
+        return record_ranks(resolved, 1, {"offers": Offers()} if own else {})[0]
+
+    straight = record_ranks(make_recipe(plugins, 1, training={"max_steps": 4, "log_every": 1}), 1)[0]
+    run(2, first == "ours")
+    rest = run(4, first != "ours")
+    assert [record.step for record in rest] == [3, 4]
+    worst = compare(rest, straight[2:])
     assert_within(worst, dict.fromkeys(worst, 1e-12))
 
 
