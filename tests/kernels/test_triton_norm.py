@@ -187,6 +187,18 @@ def test_too_wide():
         )
 
 
+@pytest.mark.parametrize(
+    ("residual", "weight"), [((1, 3, 8), (8,)), ((2, 3, 8), (7,)), ((2, 3, 8), (1, 8)), ((3, 8), (8,))], ids=str
+)
+def test_shapes_that_would_be_read_beyond_their_ends(residual, weight):
+    hidden = randn(2, 3, 8)
+    with pytest.raises(ValueError, match="a norm takes"):
+        kernels().add_rms_norm(hidden, randn(*residual), randn(*weight), EPS)
+    if weight != (8,):
+        with pytest.raises(ValueError, match="a norm takes"):
+            kernels().rms_norm(hidden, randn(*weight), EPS)
+
+
 def test_kept_for_the_backward():
     """The input itself and one number a row."""
     kept = []

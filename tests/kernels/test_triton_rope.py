@@ -122,6 +122,9 @@ def test_refused():
         kernel(randn(2, 5, 4, 5), randn(2, 5, 2, 5), angles(2, 5, 4), torch.float32)
     with pytest.raises(ValueError, match="the same tokens"):
         kernel(q, randn(2, 4, 2, 6), table, torch.float32)
+    for wrong in (table[0][..., :1], table[0].expand(2, 5, 4, 6)):
+        with pytest.raises(ValueError, match="rope takes angles"):
+            kernel(q, k, (wrong, wrong), torch.float32)
     with pytest.raises(ValueError, match="no gradient for its angles"):
         kernel(q, k, (table[0].requires_grad_(), table[1]), torch.float32)
 

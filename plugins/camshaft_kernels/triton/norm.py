@@ -91,6 +91,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(norm, sum or None, the matrix that was normed, 1 / rms of each row)."""
     check(hidden, weight, *(() if residual is None else (residual,)))
+    if weight.shape != hidden.shape[-1:] or (residual is not None and residual.shape != hidden.shape):
+        shapes = ", ".join(str([*each.shape]) for each in (hidden, residual, weight) if each is not None)
+        raise ValueError(f"a norm takes [..., h], its residual of the same shape and a weight [h], not {shapes}")
     matrix, columns = rows(hidden), hidden.shape[-1]
     other = matrix if residual is None else rows(residual)
     dtype = torch.promote_types(matrix.dtype, other.dtype)
@@ -178,7 +181,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Raises:
         MachineError: kernels cannot run here.
-        ValueError: h is more than 65,536.
+        ValueError: h is more than 65,536, or the shapes do not fit each other.
     """
     normed: Tensor = _RMSNorm.apply(hidden, weight, eps)  # type: ignore[no-untyped-call]
     return normed

@@ -135,6 +135,8 @@ def rope(q: Tensor, k: Tensor, angles: Rope, dtype: torch.dtype) -> tuple[Tensor
     cos, sin = angles
     if q.shape[-1] % 2 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"rope takes heads of one even width on the same tokens, not {[*q.shape]} and {[*k.shape]}")
+    if cos.shape != sin.shape or cos.shape[2:] != (1, q.shape[-1]):
+        raise ValueError(f"rope takes angles [.., .., 1, {q.shape[-1]}], not {[*cos.shape]} and {[*sin.shape]}")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rope's kernel has no gradient for its angles: detach them, or use the provider 'torch'")
     turned_q, turned_k = _Rope.apply(q, k, cos, sin, dtype)  # type: ignore[no-untyped-call]
