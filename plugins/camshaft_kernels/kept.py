@@ -30,7 +30,7 @@ def change(kept: tuple[Kept, ...], checks: Checks, sizes: Sizes) -> tuple[Kept, 
     changed = {op: provider for op, provider in taken.items() if provider != own_form(op)}
     found = [entry for each in kept for entry in _one(each, changed, sizes)]
     if FUSED_LOSS in changed:
-        found += _gradients(kept, sizes)
+        found += _gradients(kept, sizes, changed[FUSED_LOSS])
     return tuple(found)
 
 
@@ -81,12 +81,15 @@ def _documents(each: Kept, provider: str, sizes: Sizes) -> Iterator[Kept]:
     yield each
 
 
-def _gradients(kept: tuple[Kept, ...], sizes: Sizes) -> Iterator[Kept]:
-    """Gradients that the forward of a fused loss makes, where the loss is made."""
+def _gradients(kept: tuple[Kept, ...], sizes: Sizes, provider: str) -> Iterator[Kept]:
+    """Gradients that the forward of a fused loss makes, where the loss is made: in the dtype of what they are of, but
+    Triton's in fp32 or wider.
+    """
     loss = next((each for each in kept if each.module == "loss"), None)
     if loss is None or sizes.config is None:
         return
-    width, elements = sizes.widths.param, sizes.config.vocab_size * sizes.config.hidden_size
+    width = _wide(sizes) if provider == "triton" else sizes.widths.param
+    elements = sizes.config.vocab_size * sizes.config.hidden_size
     like = replace(loss, module=HEAD, made="loss", flops=0.0)
     yield replace(like, name="gradient of the hidden states", bytes=sizes.hidden * width)
     if _trains(sizes):

@@ -80,6 +80,16 @@ def test_triton_makes_the_activation_again(recipe_of, monkeypatch):
     assert ("loss", "log_softmax") in plain
 
 
+@pytest.mark.parametrize(("precision", "factor"), [(NARROW, 2), (AUTOCAST, 1)], ids=["bf16 parameters", "autocast"])
+def test_tritons_gradients_are_fp32(recipe_of, monkeypatch, precision, factor):
+    """As ``test_triton_loss.py`` finds them kept."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ours = names(recipe_of({"linear_cross_entropy": "triton"}, precision, UNTIED, {}, 1))
+    plain = names(recipe_of(FUSED, precision, UNTIED, {}, 1))
+    for name in ("gradient of the hidden states", "gradient of the weight"):
+        assert ours[("lm_head", name)].bytes == factor * plain[("lm_head", name)].bytes > 0
+
+
 def test_on_a_gpu_auto_counts_what_the_rules_take_first(recipe_of):
     from camshaft.cli.ranks import Ranks
     from camshaft.host import Host
