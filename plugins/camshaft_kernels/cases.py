@@ -49,7 +49,7 @@ def cases(device: torch.device, dtypes: tuple[str, ...], chosen: frozenset[str])
 
 
 class _Inputs:
-    """Random tensors that are made when they are asked for, equal for every provider."""
+    """Random tensors that are made when they are asked for, of the same sizes and spread for every provider."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

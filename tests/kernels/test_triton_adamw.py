@@ -157,6 +157,17 @@ def test_tables_are_kept_and_bounded():
     assert all(each.errors("parameters") < 1e-5 for each in many)
 
 
+def test_a_table_is_of_sizes_too():
+    """The same addresses: of tensors, and then of their beginnings."""
+    four = [randn(40_000, seed=seed).detach() for seed in range(4)]
+    kernel().adamw(*([each] for each in (*four[:3], four[3].abs_())), 1, **HYPER)
+    before = [each.clone() for each in four]
+    kernel().adamw(*([each[:5]] for each in four), 2, **HYPER)
+    for each, was in zip(four, before, strict=True):
+        assert torch.equal(each[5:], was[5:])
+    assert (four[0][:5] != before[0][:5]).all()
+
+
 def test_autograd_sees_the_change():
     weight = randn(5)
     used = (weight * weight).sum()
