@@ -103,8 +103,8 @@ def _events() -> Callable[[], Any]:
 
 
 def _flops(operation: Operation, args: Any, kwargs: Any, result: Any) -> float:
-    """Of products and attention by torch's own formulas, to which that of the CPU's attention is added; else 0."""
-    if "scaled_dot_product_flash_attention_for_cpu" in name_of(operation):
+    """Of products by torch's own formulas, and of attention on any device; else 0."""
+    if name_of(operation).startswith("aten._scaled_dot_product_"):
         return _attention(*(each.shape for each in args[:3]))
     formula = flop_registry.get(operation.overloadpacket)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
