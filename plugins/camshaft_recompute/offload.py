@@ -166,7 +166,8 @@ class Hold:
         used = tensor.numel() * tensor.element_size()
         apart = tensor.device != self._device or tensor.layout != torch.strided
         if apart or place in self._stays or whole.nbytes() < self._least or 2 * used < whole.nbytes():
-            return tensor
+            # Not what an operation made: autograd would hold its own graph in it, which no garbage collector ends.
+            return tensor if tensor.is_leaf else tensor.detach()
         key = place, tensor._version  # what was written into since is another parcel
         if key not in self._parcels:
             self._parcels[key] = Parcel(whole, tensor.device, self._lane)

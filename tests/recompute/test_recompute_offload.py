@@ -1,5 +1,7 @@
 """Tensors that wait on the host: what leaves, when it comes back, and that it is what it was."""
 
+import gc
+
 import torch
 from recompute_modules import CPU, assert_equal, build, run
 from torch import nn
@@ -94,6 +96,27 @@ def test_strides_and_offsets_come_back():
         net(hidden).sum().backward()
         found.append(hidden.grad)
     assert torch.equal(*found)
+
+
+def test_a_graph_that_is_given_up_leaves_nothing():
+    """A batch that did not fit: what stays on the device must go with its graph, and not hold it."""
+    held = []
+
+    class Layer(nn.Module):
+        def forward(self, hidden):
+            made = torch.sigmoid(hidden)  # small, and saved as the result of what made it
+            part = torch.sigmoid(torch.cat((hidden, hidden, hidden)))[:2]
+            held.extend(StorageWeakRef(each.untyped_storage()) for each in (made, part))
+            return made.sum() + part.exp().sum()
+
+    layer = Layer()
+    offloaded(layer, least=600)
+    gc.disable()
+    try:
+        layer(torch.randn(10, 10, requires_grad=True) * 1.0)
+        assert len(held) == 2 and all(each.expired() for each in held)
+    finally:
+        gc.enable()
 
 
 class Recorded:
