@@ -2,20 +2,39 @@
 around its forward (as in torch's selective checkpointing, which has these rules by name alone).
 
 What may be kept is decided by the operation's nature: memory that is its own, no random numbers drawn. A kept result
-that somebody writes into afterwards, or hands to a collective, is dropped again: the second run makes it anew.
+that somebody writes into afterwards, in the module or behind it, or that the module hands to a collective, is not given
+back: the second run makes it anew. Writes that torch is not told of, by a kernel that gets an address, nobody sees:
+results that are mostly made for that, copies and filled memory, are not kept at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from camshaft_recompute.kinds import Keep, draws, exchanges, shares
+from camshaft_recompute.kinds import Keep, Operation, draws, exchanges, name_of, shares
 from camshaft_recompute.trees import address, mapped, storage_bytes, tensors
+
+
+class Kept(NamedTuple):
+    """One operation's result, and the version of each of its tensors when the module was through."""
+
+    operation: Operation
+    result: Any
+    versions: tuple[int, ...]
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether nobody has written into it since."""
+        return self.versions == _versions(self.result)
+
+
+def _versions(result: Any) -> tuple[int, ...]:
+    return tuple(each._version for each in tensors(result))
 
 
 class Store:
@@ -23,12 +42,12 @@ class Store:
 
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
-        self.results: dict[int, Any] = {}
+        self.results: dict[int, Kept] = {}
 
     @property
     def bytes(self) -> int:
         """Bytes that are held."""
-        return sum(storage_bytes(tensors(list(self.results.values()))).values())
+        return sum(storage_bytes(tensors([each.result for each in self.results.values()])).values())
 
     def second(self) -> _Second:
         """A mode that gives the results back, each once."""
@@ -61,7 +80,7 @@ class _First(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._keeper, self._saved = keeper, saved
         self._count = 0
-        self._results: dict[int, tuple[Any, int]] = {}
+        self._results: dict[int, tuple[Operation, Any, int]] = {}
         self._at: dict[int, int] = {}
         """Address of each kept result to its number."""
         self._versions: list[tuple[int, Tensor, int]] = []
@@ -71,7 +90,7 @@ class _First(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if self._keeper.keep(func):
             if not draws(func, args, kwargs):
-                self._take(result)
+                self._take(func, result)
         elif self._at:
             if shares(func):
                 self._watch(result)
@@ -79,12 +98,12 @@ class _First(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._give_up(args, kwargs)
         return result
 
-    def _take(self, result: Any) -> None:
+    def _take(self, operation: Operation, result: Any) -> None:
         places, place = self._keeper.places, self._count
         self._count += 1
         if places is not None and place not in places:
             return
-        self._results[place] = result, self._saved()
+        self._results[place] = operation, result, self._saved()
         for each in tensors(result):
             self._at[address(each)] = place
             self._versions.append((place, each, each._version))
@@ -99,17 +118,17 @@ class _First(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for each in tensors([args, kwargs]):
             self._results.pop(self._at.get(address(each), -1), None)
 
-    def settled(self) -> dict[int, Any]:
+    def settled(self) -> dict[int, Kept]:
         """What is left: unwritten, and of operations that run before the last tensor is saved, which ends the second
         run.
         """
         written = {place for place, each, version in self._versions if each._version != version}
-        last = self._saved()
-        return {
-            place: mapped(result, lambda each: each.detach())
-            for place, (result, saved) in self._results.items()
-            if place not in written and saved < last
-        }
+        last, found = self._saved(), dict[int, Kept]()
+        for place, (operation, result, saved) in self._results.items():
+            if place not in written and saved < last:
+                held = mapped(result, lambda each: each.detach())  # which counts versions with what it is detached from
+                found[place] = Kept(operation, held, _versions(held))
+        return found
 
     def clear(self) -> None:
         """Let go of results that know their graph."""
@@ -126,6 +145,13 @@ class _Second(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._store.keep(func) and not draws(func, args, kwargs):
             place = self._count
             self._count += 1
-            if place in self._store.results:
-                return mapped(self._store.results.pop(place), lambda each: each.detach())
+            kept = self._store.results.pop(place, None)
+            if kept is not None and kept.operation is not func:
+                raise RuntimeError(
+                    f"a module that runs again calls {name_of(func)} where its first run had called "
+                    f"{name_of(kept.operation)}: its forward depends on more than its inputs, parameters and random "
+                    "numbers; leave it out of plugins.recompute.modules"
+                )
+            if kept is not None and kept.unwritten:
+                return mapped(kept.result, lambda each: each.detach())
         return func(*args, **kwargs)

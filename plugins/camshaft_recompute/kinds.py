@@ -20,7 +20,12 @@ Keep = Callable[[Operation], bool]
 
 UNTYPED_VIEWS = frozenset({"aten._unsafe_view", "aten.detach", "aten._reshape_alias", "aten.alias"})
 """Results that share memory with an argument though autograd need not know."""
-FACTORIES = ("aten.empty*", "aten.new_empty*", "aten.zeros*", "aten.ones*", "aten.full*", "aten.arange*", "aten.lift*")
+FACTORIES = (
+    "aten.empty*", "aten.zeros*", "aten.ones*", "aten.full*", "aten.new_*", "aten.arange*", "aten.lift*", "aten.clone",
+    "aten._to_copy",
+)  # fmt: skip
+"""Memory that is made to be written into, by kernels too that torch knows nothing of (an autograd function may launch
+one of its own over a copy): kept, it would come back with what was written."""
 
 
 def name_of(operation: Operation) -> str:

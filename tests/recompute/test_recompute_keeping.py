@@ -61,6 +61,82 @@ def test_results_that_are_written_into_are_not_kept(how, rank):
     assert kept == [2 if how == "not" else 1]
 
 
+class Hands(nn.Module):
+    """Gives a product's result away, which others then write into: no operation needs it for backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(6, 6, bias=False)
+
+    def forward(self, hidden):
+        made = self.one(hidden)
+        return made, torch.sigmoid(made)
+
+
+def test_results_that_are_written_into_behind_the_module_are_made_anew():
+    found = []
+    for keeps in (False, True):
+        torch.manual_seed(2)
+        net = Hands()
+        if keeps:
+            region(net, KEEP["products"])
+        hidden = torch.randn(4, 6, requires_grad=True)
+        product, out = net(hidden)
+        product.mul_(3)
+        (product.sum() + out.sum()).backward()
+        found.append([hidden.grad, net.one.weight.grad])
+    assert_equal(found[1], found[0])
+
+
+class Scratch(torch.autograd.Function):
+    """A kernel that writes over a copy of its input, of which torch is not told."""
+
+    @staticmethod
+    def forward(ctx, source, how):
+        made = source.clone() if how == "clone" else source.double() if how == "cast" else source.new_ones(source.shape)
+        made.numpy()[:] *= 2.0
+        return made
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.float() * 2, None
+
+
+@pytest.mark.parametrize("how", ["clone", "cast", "filled"])
+def test_memory_that_kernels_write_over_is_not_kept(how):
+    class Net(nn.Module):
+        def forward(self, hidden):
+            return torch.sigmoid(Scratch.apply(hidden * 1.0, how))
+
+    found = []
+    for keeps in (False, True):
+        net = Net()
+        if keeps:
+            region(net, of_kinds(("aten.clone", "aten._to_copy", "aten.new_ones")))
+        hidden = torch.linspace(-1, 1, 12).requires_grad_()
+        net(hidden).sum().backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found)
+
+
+def test_results_of_another_operation_are_refused():
+    """The same shape and dtype, so nothing else would tell them apart."""
+
+    class Changes(nn.Module):
+        calls = 0
+
+        def forward(self, hidden):
+            self.calls += 1
+            made = torch.mm(hidden, hidden) if self.calls == 1 else torch.addmm(hidden, hidden, hidden)
+            return torch.sigmoid(made)
+
+    net = Changes()
+    region(net, KEEP["several"])
+    made = net(torch.randn(4, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"calls aten.addmm where its first run had called aten.mm"):
+        made.sum().backward()
+
+
 class Watched(Keeper):
     def __init__(self, keep, kept):
         super().__init__(keep)
