@@ -50,7 +50,7 @@ def stub(parallel, world_size, *, rank=0, sums=(12, 0), values=(1.0, 3.0), step=
     model = Doubles()
     shape = MeshShape.of(parallel, world_size)
     world = SimpleNamespace(
-        recipe=SimpleNamespace(seed=seed),
+        recipe=SimpleNamespace(seed=seed, batch=SimpleNamespace(on_out_of_memory="stop")),
         mesh=SimpleNamespace(shape=shape),
         rank=rank,
         world_size=world_size,

@@ -7,14 +7,11 @@ or "compiled". Nothing changes in pytest's own process, whatever it imported bef
 import importlib.util
 import multiprocessing
 import os
-import sys
-import traceback
-from pathlib import Path
 
 import pytest
+from kernel_worker import serve
 
 VARIABLE = "TRITON_INTERPRET"
-FOLDER = Path(__file__).parent
 _workers = {}
 
 
@@ -45,31 +42,6 @@ class Worker:
         self.process.kill()
         self.process.join()
         self.end.close()
-
-
-def serve(end):
-    """Take a module's path, a function's name and its arguments, and answer with a traceback or None; without end."""
-    import torch
-
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(FOLDER))
-    while True:
-        path, name, arguments = end.recv()
-        try:
-            getattr(module_of(path), name)(**arguments)
-            answer = None
-        except BaseException:
-            answer = traceback.format_exc()
-        end.send(answer)
-
-
-def module_of(path):
-    name = Path(path).stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def kind_of(module):

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from camshaft.comm import Channel
 from camshaft.errors import RecipeError
 from camshaft.masters import whole_parts
+from camshaft.ops import Ops
 from camshaft.parts import Part, Parts, Piece
 from camshaft.recipe import check
 from camshaft.testing.ranks import run_ranks
@@ -54,7 +55,7 @@ def world(model, parts=None):
     policy = SimpleNamespace(master=next(model.parameters()).dtype)
     chosen = whole_parts(model, ROLES) if parts is None else parts
     mesh = SimpleNamespace(degree=lambda axis: 1)
-    return SimpleNamespace(parts=chosen, policy=policy, device=CPU, roles=ROLES, mesh=mesh)
+    return SimpleNamespace(parts=chosen, policy=policy, device=CPU, roles=ROLES, mesh=mesh, ops=Ops())
 
 
 def build(plugin, model, parts=None):

@@ -73,9 +73,9 @@ TYPES = [
     one(
         "a precision that is not offered",
         "plugins.precision.compute",
-        "got 'fp8'",
-        "write 'auto' or 'fp64'",
-        plugins="plugins:\n  ddp: {}\n  adamw: {lr: 1}\n  precision: {compute: fp8}  #!",
+        "got 'fp4'",
+        "did you mean",
+        plugins="plugins:\n  ddp: {}\n  adamw: {lr: 1}\n  precision: {compute: fp4}  #!",
     ),
     one(
         "a file for a corpus",

@@ -32,7 +32,7 @@ FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.flo
 def test_policies(options, param, compute, reduce, master, kept):
     plugin = Plugin(Options(**options))
     plugin.name = "precision"
-    plan = plugin.plan()
+    plan = plugin.plan(SimpleNamespace(device="cpu", recipe=SimpleNamespace(launch=SimpleNamespace(device="cpu"))))
     assert plan.problems == ()
     chosen = policy(plugin.options, CPU)
     assert (chosen.param, chosen.compute, chosen.reduce, chosen.master, chosen.kept) == (

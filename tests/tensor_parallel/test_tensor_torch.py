@@ -23,6 +23,7 @@ from camshaft.state import BatchPlan
 from camshaft.testing.ranks import run_ranks
 from camshaft.testing.record import distance
 from camshaft.testing.run import record_rank
+from tools.bench.peers_tensor import sum_before_norms
 
 
 def by_hand(sequence):
@@ -61,6 +62,7 @@ def torchs(rank, world_size, resolved, sequence):
     outside, layer = by_hand(sequence)
     parallelize_module(model, mesh, outside)
     for block in model.model.layers:
+        sum_before_norms(block)
         parallelize_module(block, mesh, layer)
     size = resolved.recipe.batch.global_batch_size
     loader = Loader(prepare(resolved).train, BatchPlan(size, size, 1), index=0, degree=1, seed=resolved.recipe.seed)

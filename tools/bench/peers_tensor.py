@@ -50,6 +50,17 @@ def plan(layers: int, sequence: bool) -> dict[str, ParallelStyle]:
     return found
 
 
+def sum_before_norms(block: Any) -> None:
+    """Let a block add to the residual stream outside of its norms: torch's styles know modules of one tensor alone."""
+
+    def forward(hidden: Tensor, rope: Any, mask: Any) -> Tensor:
+        hidden = hidden + block.self_attn(block.input_layernorm(hidden), rope, mask)
+        summed: Tensor = hidden + block.mlp(block.post_attention_layernorm(hidden))
+        return summed
+
+    block.forward = forward
+
+
 class Parallelized(Bare):
     """``parallelize_module``, ``loss_parallel``, and a norm over local shards that counts each parameter once."""
 
@@ -59,6 +70,8 @@ class Parallelized(Bare):
         """Divide the model along all ranks."""
         mesh: DeviceMesh = init_device_mesh("cpu", (self.job.world_size,))
         layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+        for block in model.model.layers:  # type: ignore[union-attr]
+            sum_before_norms(block)
         divided = parallelize_module(model, mesh, plan(int(layers), self.sequence))  # type: ignore[arg-type]
         return divided, plain_optimizer(divided)
 
