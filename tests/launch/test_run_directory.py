@@ -97,6 +97,12 @@ def test_names_that_are_no_folder_names_are_refused(tmp_path, name):
         choose(Run(root=str(tmp_path)), name, "d")
 
 
+def test_a_folder_that_cannot_be_locked_is_a_machine_error(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(MachineError, match=r"cannot be locked: .*Is a directory.* Give another run.dir"):
+        RunDirectory(tmp_path).lock()
+
+
 def test_a_folder_that_cannot_be_made_is_a_machine_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=r"run\.root"):

@@ -21,10 +21,10 @@ def command(folder, name, *more):
 def test_a_green_proof_leaves_a_certificate_that_training_finds(tmp_path, capsys):
     resolved = recipe(tmp_path, "zero1")
     assert certificate.lookup(resolved) is None
-    assert command(tmp_path, "zero1", "--own-precision", "--output", str(tmp_path / "certificate.json")) == 0
+    assert command(tmp_path, "zero1", "--own-precision", "--output", str(tmp_path / "new" / "proof.json")) == 0
     shown = capsys.readouterr().out
     assert "result       green" in shown and "\ngradients " in shown and "certificate" in shown
-    content = json.loads((tmp_path / "certificate.json").read_text())
+    content = json.loads((tmp_path / "new" / "proof.json").read_text())
     assert content["result"] == "green" and content["finding"] is None and len(content["plan"]) == 16
     assert set(content["compared"]) >= {"gradients", "norm", "coefficient", "weights", "optimizer", "loss"}
     for each in content["compared"].values():
@@ -33,6 +33,16 @@ def test_a_green_proof_leaves_a_certificate_that_training_finds(tmp_path, capsys
     assert content["proof"]["axes"]["dp"] == 2 and content["versions"]["torch"]
     found = certificate.lookup(resolved)
     assert found["result"] == "green" and found["valid_for"] == content["valid_for"]
+
+
+def test_where_the_certificate_goes_is_looked_at_before_the_proof(tmp_path, capsys, monkeypatch):
+    recipe(tmp_path, "ddp")
+    monkeypatch.setattr("camshaft.verify.examine.verify", lambda *_, **__: pytest.fail("proven"))
+    kept = (tmp_path / "ddp.yaml").read_text()
+    for place, status in (("ddp.yaml", 2), ("", 3), ("ddp.yaml/certificate.json", 3)):
+        assert command(tmp_path, "ddp", "--output", str(tmp_path / place)) == status
+        assert capsys.readouterr().err.startswith("error: --output ")
+    assert (tmp_path / "ddp.yaml").read_text() == kept
 
 
 def test_a_run_keeps_whether_it_is_proven(tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from camshaft.cli.console import OverridesArgument, RecipeArgument, columns, say
-from camshaft.errors import CamshaftError, MachineError
+from camshaft.errors import CamshaftError, MachineError, RecipeError
 from camshaft.recipe import load
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def verify(
     from camshaft.verify.examine import verify as prove
 
     resolved = load(recipe, overrides or ())
+    if output is not None:
+        _make_place(output, resolved)
     report = prove(resolved, steps=steps, device="cuda" if on_gpu else "cpu", own_precision=own_precision)
     content = certificate.certificate(report, recipe, _plan_digest(resolved))
     say(_table(report, content))
@@ -54,6 +57,23 @@ def verify(
     say(f"certificate  {output or path}")
     if report.finding is not None:
         raise CamshaftError(str(report.finding))
+
+
+def _make_place(output: Path, resolved: Resolved) -> None:
+    """Make the folder of the certificate before anything is proven.
+
+    Raises:
+        RecipeError: a certificate there would replace the recipe.
+        MachineError: nothing can be written there.
+    """
+    try:
+        if output.exists() and output.samefile(resolved.path):
+            raise RecipeError(f"--output {output} is the recipe: give the name of another file")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir() or not os.access(output.parent, os.W_OK):
+            raise MachineError(f"--output {output} is a folder, or in one that cannot be written. Give another file")
+    except OSError as error:
+        raise MachineError(f"--output {output} cannot be written: {error.strerror}. Give another file") from error
 
 
 def _plan_digest(resolved: Resolved) -> str:
