@@ -14,7 +14,7 @@ name: small
 model: {preset: llama-tiny}
 tokenizer: {type: byte}
 data: {sequence_length: 64}
-batch: {micro_batch_size: 2, global_batch_size: 8}
+batch: {micro_batch_size: 8, global_batch_size: 8}
 training: {max_steps: 5}
 launch: {processes: 1}
 plugins: {adamw: {lr: 1e-3}}

@@ -123,7 +123,8 @@ def test_divided_products(make_recipe, mode, sequence):
     }
     pairs, _ = compared(make_recipe, 2, MODES[mode], **settings)
     for less, told in pairs:
-        assert less == told > 50_000
+        # Received tensors of a few hundred bytes may be counted in either run: the others are equal to the byte.
+        assert told > 50_000 and abs(less - told) <= 0.005 * told
 
 
 def test_stages_tell_of_their_own_layers(make_recipe):
@@ -135,4 +136,5 @@ def test_stages_tell_of_their_own_layers(make_recipe):
     pairs, _ = compared(make_recipe, 2, FULL, **settings)
     assert pairs[0][0] != pairs[1][0]
     for less, told in pairs:
-        assert less == told > 50_000
+        # Received tensors of a few hundred bytes may be counted in either run: the others are equal to the byte.
+        assert told > 50_000 and abs(less - told) <= 0.005 * told
