@@ -50,6 +50,20 @@ def test_others(name, capability):
     compiled(name, capability)
 
 
+@pytest.mark.parametrize("size", ["128256 bf16", "32000 fp32"])
+def test_a_labels_logit_is_read_by_all_before_anybody_writes_over_it(size):
+    """The interpreter, which runs one thread, cannot tell: the barrier stands between that load and the gradient."""
+    _, result = compiled(f"loss {size} True", 90)
+    dtype = size.split()[1].replace("fp", "f")
+    lines = [line for line in result.asm["ttir"].splitlines() if any(word in line for word in ("tt.", "barrier"))]
+    (chosen,) = [place for place, line in enumerate(lines) if "tt.load %chosen" in line and f"<{dtype}> " in line]
+    (barrier,) = [place for place, line in enumerate(lines) if "barrier" in line]
+    written = [place for place, line in enumerate(lines) if "tt.store" in line and f"x!tt.ptr<{dtype}>" in line]
+    assert chosen < barrier < max(written) and len(written) == 2, "of a row that counts, and of one that does not"
+    _, plain = compiled(f"loss {size} False", 90)
+    assert result.asm["ptx"].count("bar.sync") > plain.asm["ptx"].count("bar.sync")
+
+
 def test_every_kernel_is_compiled_here():
     import triton_compiling
 

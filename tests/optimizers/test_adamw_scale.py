@@ -1,5 +1,7 @@
 """The clip coefficient as a factor in AdamW's own pass: the same numbers as a pass over the gradients before it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from textbook import adamw
@@ -99,6 +101,31 @@ def test_runs_agree_with_torchs_optimizer(make_recipe, storage):
     left, before = (record_ranks(resolved, 2, observers)[0] for observers in ({"offers": Offers()}, {}))
     assert all(record.norm > 0.05 for record in before), "clipping is active"
     worst = compare(left, before)
+    assert_within(worst, dict.fromkeys(worst, 1e-12))
+
+
+class Replaces(Plugin):
+    """The paper's rule instead of torch's."""
+
+    @hookimpl
+    def rewrite(self, world):
+        world.ops.replace({"updates.adamw": textbook_update})
+
+
+def test_a_factor_is_of_its_own_step_alone(make_recipe):
+    """Windows that are clipped, and behind them one that is not: there is no factor then, on a CPU."""
+
+    def run(max_norm, observers):
+        plugins = {"adamw": {"lr": 0.01}, "clip": {"max_norm": max_norm}, "precision": {"compute": "fp64"}, "ddp": None}
+        training = {"max_steps": 5, "log_every": 1}
+        return record_ranks(make_recipe(plugins, 1, training=training), 1, observers)[0]
+
+    norms = [float(record.norm) for record in run(None, {})]
+    limit = (min(norms[1:]) + max(norms[:-1])) / 2
+    wanted, found = run(limit, {}), run(limit, {"replaces": Replaces()})
+    clipped = [float(record.norm) > limit for record in wanted]
+    assert (True, False) in pairwise(clipped), clipped
+    worst = compare(found, wanted)
     assert_within(worst, dict.fromkeys(worst, 1e-12))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import get_gradient_edge
 
+from camshaft.testing.ranks import run_ranks
 from camshaft_pipeline.deferral import Deferral
 from camshaft_recompute.keeping import Keeper, _First
 from camshaft_recompute.kinds import makes, of_kinds
@@ -59,6 +60,37 @@ def test_results_that_are_written_into_are_not_kept(how, rank):
         found.append([hidden.grad, *(each.grad for each in net.parameters())])
     assert_equal(found[1], found[0])
     assert kept == [2 if how == "not" else 1]
+
+
+class Exchanges(nn.Module):
+    """Sums a product's result over ranks where it lies, of which no version tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(6, 6, bias=False)
+
+    def forward(self, hidden):
+        made = self.one(hidden)
+        with torch.no_grad():
+            torch.distributed.all_reduce(made)
+        return torch.sigmoid(made)
+
+
+def exchanged(rank, world_size):
+    found = []
+    for keeps in (False, True):
+        torch.manual_seed(2)
+        net = Exchanges()
+        if keeps:
+            region(net, KEEP["products"])
+        hidden = torch.randn(4, 6, requires_grad=True)
+        net(hidden).sum().backward()
+        found.append(hidden.grad)
+    return torch.equal(*found)
+
+
+def test_results_that_ranks_exchange_are_not_kept():
+    assert run_ranks(2, exchanged, timeout_s=60) == [True, True]
 
 
 class Hands(nn.Module):
