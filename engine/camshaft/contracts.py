@@ -210,7 +210,8 @@ class Contracts:
         """(parameter, which elements) to checksum: the parameter whose turn it is, and tied tables."""
         state, world = self._state, self._state.world
         found: dict[Any, int] = {}
-        names = sorted({piece.name for part in world.parts for piece in part.pieces})
+        # Names of the model, which ranks have alike that hold copies, and not those of a rank's own parts.
+        names = sorted(name for name, _ in state.model.named_parameters())
         chosen = names[state.step % len(names)] if names else ""
         for part in world.parts:
             for piece, flat in part.slices(part.tensor.detach()):
@@ -282,8 +283,12 @@ def checksum(tensor: Tensor | None) -> int | None:
     flat = local.contiguous().reshape(-1).view(torch.uint8)
     if flat.is_cpu:
         return zlib.crc32(flat.numpy().data)
-    weight = torch.arange(1, flat.numel() + 1, device=flat.device) % 65521
-    return int((flat.long() * weight).sum())
+    return weighted(flat)
+
+
+def weighted(flat: Tensor) -> int:
+    """Sum of bytes, each times a number above 0 that its place tells: for devices that have no checksum."""
+    return int((flat.long() * (torch.arange(flat.numel(), device=flat.device) % 65521 + 1)).sum())
 
 
 def _borrowed(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from camshaft.contracts import weighted
 from camshaft.distributed import Environment
 from camshaft.errors import PluginError
 from camshaft.loop import session
@@ -234,6 +235,30 @@ def test_copies_that_part_are_named_with_parameter_and_ranks(make_recipe):
     found = train(make_recipe, {}, ADAMW, 2, steps=steps, prepare=outside_of_hooks, model=model)
     for plugin, _, message in found:
         assert plugin == "ddp" and "ranks 0 and 1 hold other values of 'model" in message, message
+
+
+def always_outside_of_hooks(state):
+    """The same in every step from the second on: what is divided is sent anew after each."""
+    if state.world.rank == 1:
+        norm = state.model.model.norm
+        norm.register_forward_pre_hook(lambda *_: nudge(norm.weight.data) if state.step >= 1 else None)
+
+
+@pytest.mark.parametrize("name", ["zero 1", "zero 2"])
+def test_copies_of_what_ranks_update_apart_are_compared_too(make_recipe, name):
+    """Each rank updates other parameters, and all of them hold a copy of each."""
+    model = make_recipe(ADAMW).tree["model"] | {"num_hidden_layers": 1}
+    plugins = ADAMW | STORAGE[name]
+    for found in train(make_recipe, {}, plugins, 2, steps=16, prepare=always_outside_of_hooks, model=model):
+        assert found is not None, "nothing was seen"
+        assert found[0] == "zero" and f"ranks 0 and 1 hold other values of '{NORM}'" in found[2], found
+
+
+def test_a_checksum_of_a_device_counts_every_byte():
+    values = torch.zeros(70_000, dtype=torch.uint8)
+    before = weighted(values)
+    values[65_520] = 1
+    assert weighted(values) != before
 
 
 def spoil_the_tied_copy(state):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
-import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import CamshaftError
-from camshaft.host import distribution, installed, plugin_class
 from camshaft.rundir import utc_now
+from camshaft.verify.code import code_digest, versions
+from camshaft.verify.covered import FOUND_STEPS
 from camshaft.verify.shrink import Small, shrink
 from camshaft.verify.sorting import full_world, legal, sort
 
@@ -24,52 +23,31 @@ if TYPE_CHECKING:
     from camshaft.recipe import Resolved
     from camshaft.verify.examine import Report
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "certificates"
 
 
-def versions(plugins: Iterable[str]) -> dict[str, str]:
-    """Versions of Python, torch, the core and of the distribution of each plugin. Imports no torch."""
-    from camshaft.cli.inventory import version
-
-    points = installed()
-    found = {
-        "python": platform.python_version(),
-        "torch": version("torch") or "",
-        "camshaft": version("camshaft") or "",
-    }
-    return found | {f"plugin {name}": distribution(points[name]) for name in plugins if name in points}
-
-
-def code_digest(plugins: Iterable[str]) -> str:
-    """Digest of every line of the core and of the packages of ``plugins``: a version number may cover many of them."""
-    packages = ["camshaft", *(plugin_class(name).__module__.split(".")[0] for name in plugins)]
-    found = hashlib.sha256()
-    for package in dict.fromkeys(packages):
-        spec = importlib.util.find_spec(package)
-        for folder in [] if spec is None else spec.submodule_search_locations or []:
-            for path in sorted(Path(folder).rglob("*.py")):
-                found.update(f"{package}/{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return found.hexdigest()
-
-
-def valid_for(small: Small) -> str:
-    """Digest of what a proof of ``small`` is about: its recipe, axes and windows, versions and code.
+def valid_for(small: Small, code: str | None = None) -> str:
+    """Digest of what a proof of ``small`` is about: its recipe, axes, windows and steps, versions and code.
 
     Recipes that are alike when they are small have one: other data, lengths, ranks along an axis, names and folders.
+    What had to be taken out of a recipe keeps it apart from one that never had it. ``code``: digest of the code that
+    was proven; by default of what is there now.
     """
-    tree = {key: value for key, value in small.tree.items() if key not in ("seed", "data", "training", "launch")}
+    tree = {key: value for key, value in small.tree.items() if key not in ("seed", "data", "launch")}
     data = {key: small.tree["data"][key] for key in ("sequence_length", "pack", "document_mask")}
     content = {
         "format": FORMAT,
         "recipe": {**tree, "data": data},
         "plugins": list(small.sections.items()),
         "own": small.own,
+        "taken_out": small.taken_out,
+        "files": small.files,
         "axes": small.degrees,
         "windows": [small.micro, small.accumulation],
         "compute": [small.compute, small.device],
         "versions": versions(small.sections),
-        "code": code_digest(small.sections),
+        "code": code or code_digest(small.sections),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -84,7 +62,7 @@ def certificate(report: Report, recipe: str, plan_digest: str) -> dict[str, Any]
         "made": utc_now(),
         "seconds": round(report.seconds, 1),
         "plan": plan_digest,
-        "valid_for": valid_for(report.shrunk),
+        "valid_for": valid_for(report.shrunk, report.code),
         "versions": versions(small.sections),
         "proof": {
             "steps": report.steps,
@@ -159,13 +137,9 @@ def lookup(resolved: Resolved) -> dict[str, Any] | None:
     try:
         checked = legal(resolved, full_world(resolved))
         with tempfile.TemporaryDirectory() as made:
-            small = shrink(resolved, checked, sort(resolved, checked), Path(made), steps=STEPS)
+            small = shrink(resolved, checked, sort(resolved, checked), Path(made), steps=FOUND_STEPS)
         digest = valid_for(small)
         content = json.loads((folder(resolved) / f"{digest}.json").read_text(encoding="utf-8"))
         return {key: content[key] for key in ("result", "made", "plan", "valid_for")}
     except (CamshaftError, OSError, ValueError, KeyError):
         return None
-
-
-STEPS = 4
-"""Steps of a proof that ``lookup`` finds."""

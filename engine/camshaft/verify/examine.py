@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import MachineError, RecipeError
-from camshaft.host import Host
-from camshaft.verify import bisect
-from camshaft.verify.judge import BOUNDS, Comparison, Deviation, compare
+from camshaft.verify import bisect, covered
+from camshaft.verify.code import code_digest
+from camshaft.verify.judge import Comparison, Deviation, bounds_of, compare
 from camshaft.verify.record import Recording
 from camshaft.verify.runs import Failure, Outcome, Unequal, run
 from camshaft.verify.shrink import Small, shrink
@@ -23,7 +24,7 @@ from camshaft.verify.textbook import Textbooks
 if TYPE_CHECKING:
     from camshaft.recipe import Checked, Resolved
 
-STEPS = 4
+STEPS = covered.FOUND_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,13 @@ class Finding:
     """Whether a textbook tells it, rather than the plain process."""
 
     def __str__(self) -> str:
-        names = " and ".join(f"'{name}'" for name in self.plugins) or "the core, without any plugin,"
+        quoted = [f"'{name}'" for name in self.plugins or self.smallest]
+        names = " and ".join(quoted) if self.plugins else f"one of {', '.join(quoted)}"
+        if not quoted:
+            names = "the core, without any plugin,"
         against = "its formula" if self.by_formula else "one plain process"
         lines = [f"{names} changes the numbers against {against}: {self.sign}"]
-        if self.smallest != self.plugins:
+        if self.plugins and self.smallest != self.plugins:
             lines.append(f"smallest set of plugins that shows it: {', '.join(self.smallest) or '(none)'}")
         return "; ".join(lines)
 
@@ -64,6 +68,8 @@ class Report:
     trials: int = 0
     steps: int = STEPS
     extras: Mapping[str, Any] = field(default_factory=dict)
+    code: str | None = None
+    """Digest of the code when the proof began."""
 
     @property
     def green(self) -> bool:
@@ -80,7 +86,7 @@ class Bench:
 
     def __init__(self, small: Small, sorted_: Sorted, owners: Mapping[str, str], *, still: bool = True) -> None:
         self.small, self.sorted, self.owners, self.still = small, sorted_, owners, still
-        self.bounds = BOUNDS[small.compute]
+        self.bounds = bounds_of(small.compute, evaluates=small.evaluates)
         self.trials = 0
         self._plain: dict[tuple[str, ...], Outcome] = {}
         self._stand_in: str | None = None
@@ -145,11 +151,31 @@ def verify(
     sorted_ = sort(resolved, checked)
     with tempfile.TemporaryDirectory() as made:
         small = shrink(resolved, checked, sorted_, Path(made), steps=steps, device=device)
+        code = code_digest(small.sections)
         _need_devices(small)
-        report = _examine(small, sorted_, _owners(checked), search=search, steps=steps)
+        owners, layers = _owners(checked), _layers(checked)
+        report = _examine(small, sorted_, owners, search=search, steps=steps, layers=layers)
+        if _shallow(report, layers):
+            with contextlib.suppress(RecipeError):  # then it stays as shallow as it is
+                small = shrink(resolved, checked, sorted_, Path(made), steps=steps, device=device, deep=True)
+            again = _examine(small, sorted_, owners, search=search, steps=steps)
+            report = replace(again, shrunk=report.shrunk)
+        told = covered.of_recipe(resolved, checked, small, sorted_, steps)
+        report = replace(report, not_covered=(*told, *report.not_covered), code=code)
         if own_precision and report.green:
             report = _in_own_precision(report)
     return replace(report, seconds=time.monotonic() - began)
+
+
+def _layers(checked: Checked) -> int:
+    assert checked.config is not None
+    return checked.config.num_hidden_layers
+
+
+def _shallow(report: Report, layers: int) -> bool:
+    """Whether a small recipe was refused that has fewer layers than the recipe, whose plugins may name some of them."""
+    sign = None if report.finding is None else report.finding.sign
+    return isinstance(sign, Failure) and sign.refused and report.small.tree["model"]["num_hidden_layers"] < layers
 
 
 def _need_devices(small: Small) -> None:
@@ -171,14 +197,14 @@ def _in_own_precision(report: Report) -> Report:
     alone = dict.fromkeys(own.degrees, 1)
     plain = run(*own.arrange((*report.sorted.kept, name), alone, "own-plain", whole=True))
     found = run(*own.arrange(report.sorted.all, own.degrees, "own"))
-    bounds = BOUNDS.get(str(small.own.get("compute", "auto")), BOUNDS["bf16"])
+    bounds = bounds_of(str(small.own.get("compute", "auto")), evaluates=small.evaluates)
     for outcome in (plain, found):
         if not isinstance(outcome, Recording):
-            return replace(report, finding=Finding(outcome, (), report.sorted.all))
+            return replace(report, finding=Finding(outcome, (), report.sorted.compared))
     assert isinstance(plain, Recording) and isinstance(found, Recording)
     comparison = compare(found, plain, bounds)
     extras = {"own_precision": {key: each.value for key, each in comparison.worst.items()}}
-    finding = None if comparison.first is None else Finding(comparison.first, (), report.sorted.all)
+    finding = None if comparison.first is None else Finding(comparison.first, (), report.sorted.compared)
     return replace(report, extras=extras, finding=finding)
 
 
@@ -187,7 +213,10 @@ def _owners(checked: Checked) -> dict[str, str]:
     return {slot: names[0] for slot in TRAINING if (names := checked.owners.get(slot))}
 
 
-def _examine(small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search: bool, steps: int) -> Report:
+def _examine(
+    small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search: bool, steps: int, layers: int = 0
+) -> Report:
+    """``layers`` of the recipe: where fewer of them are refused, nobody is blamed yet."""
     shrunk, bench = small, Bench(small, sorted_, owners)
     small = _clipping(bench)
     bench = bench if small is bench.small else Bench(small, sorted_, owners)
@@ -205,8 +234,13 @@ def _examine(small: Small, sorted_: Sorted, owners: Mapping[str, str], *, search
         if isinstance(found, Comparison):
             comparison = found
         else:
-            finding = _blamed(bench, found, search=search)
-    left_out = (*_not_covered(small, books, sorted_), *_elsewhere(small, sorted_, resolved))
+            again = isinstance(found, Failure) and found.refused and small.tree["model"]["num_hidden_layers"] < layers
+            finding = _blamed(bench, found, search=search and not again)
+    left_out = tuple(
+        f"the formula of '{name}', which carries no textbook: both runs share it" for name in books.missing
+    )
+    if isinstance(plain, Recording):
+        left_out += tuple(covered.without_gradient(plain))
     if finding is None and isinstance(plain, Recording) and plain.dropouts:
         finding, note = _with_dropout(bench, search=search)
         left_out += (note,) if note else ()
@@ -252,20 +286,3 @@ def _clipping(bench: Bench) -> Small:
     if any(step.coefficient is not None and step.coefficient < 1 for step in plain.steps) or not norms:
         return small
     return replace(small, sections={**small.sections, owner: {**section, "max_norm": min(norms) / 2}})
-
-
-def _elsewhere(small: Small, sorted_: Sorted, resolved: Resolved) -> list[str]:
-    """Plugins that offer implementations for several devices, of which this one had its own."""
-    offering = {name for name, _ in Host.of(resolved.recipe.plugins).implementations("kernels")}
-    return [
-        f"what '{name}' chooses on another kind of device than '{small.device}'"
-        for name in sorted_.compared
-        if name in offering
-    ]
-
-
-def _not_covered(small: Small, books: Textbooks, sorted_: Sorted) -> tuple[str, ...]:
-    found = ["the recipe's data: documents of uneven lengths that a seed makes stand for them", *small.notes]
-    found += [f"the formula of '{name}', which carries no textbook: both runs share it" for name in books.missing]
-    found += [f"'{name}': {why}" for name, why in sorted_.left_out.items()]
-    return tuple(found)

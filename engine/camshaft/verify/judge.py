@@ -14,18 +14,23 @@ from camshaft.verify.record import Recording, Step, Tensors
 BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp64": {
         "gradients": 1e-12, "norm": 1e-12, "clipped": 1e-12, "coefficient": 1e-12, "lr": 1e-14, "weights": 1e-12,
-        "optimizer": 1e-12, "loss": 1e-12,
+        "optimizer": 1e-12, "loss": 1e-12, "evaluation": 1e-12,
     },
     "fp32": {
         "gradients": 1e-4, "norm": 2e-6, "clipped": 1e-4, "coefficient": 2e-6, "lr": 1e-14, "weights": 1e-4,
-        "optimizer": 1e-4, "loss": 2e-6,
+        "optimizer": 1e-4, "loss": 2e-6, "evaluation": 2e-6,
     },
-    "bf16": {"loss": 1e-3, "norm": 5e-3, "weights": 1e-2},
+    "bf16": {"loss": 1e-3, "norm": 5e-3, "weights": 1e-2, "evaluation": 1e-3},
 }  # fmt: skip
 """Largest relative deviation by quantity, in the order in which a step makes them. fp64: sums in another order differ
 by 1e-15. Narrower dtypes: as measured over all combinations of the parity matrix, rounded up once.
 """
-QUANTITIES = tuple(BOUNDS["fp64"])
+
+
+def bounds_of(compute: str, *, evaluates: bool) -> Mapping[str, float]:
+    """Bounds in ``compute`` (bf16's for narrower dtypes) of what there is."""
+    found = BOUNDS.get(compute, BOUNDS["bf16"])
+    return {quantity: bound for quantity, bound in found.items() if evaluates or quantity != "evaluation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ def _deviations(found: Recording, plain: Recording, bounds: Mapping[str, float])
     for one, other in zip(found.steps, plain.steps, strict=False):
         for quantity, bound in bounds.items():
             yield from _of_step(one, other, quantity, bound)
-    if len(found.steps) != len(plain.steps):
+    if len(found.steps) != len(plain.steps) or not plain.steps:  # without any step nothing was compared
         yield Deviation(min(len(found.steps), len(plain.steps)) + 1, next(iter(bounds)), "(the step)", math.inf, 0.0)
 
 

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from camshaft.plugin import Plugin, hookimpl
 from camshaft.state import Policy, State, World
 from camshaft.testing.record import gradients, optimizer_state, weights
 
+if TYPE_CHECKING:
+    from camshaft.hookspecs import LogRecord
+
 Tensors = Mapping[str, Tensor | None]
+EVALUATION = "eval/loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class Step:
     weights: Tensors
     optimizer: Tensors
     loss: float
+    evaluation: float | None = None
+    """Loss of the evaluation behind it, or before the first step; None where there was none."""
 
 
 @dataclass(slots=True)
@@ -91,6 +97,13 @@ class Recorder(Plugin):
         self.recording = Recording()
         self._gradients: Tensors = {}
         self._clipped: Tensors = {}
+        self._evaluation: float | None = None
+
+    @hookimpl
+    def log(self, record: LogRecord) -> None:
+        """Evaluations come between a step and its ``post_step``, and one before the first step."""
+        if EVALUATION in record:
+            self._evaluation = float(record[EVALUATION])
 
     @hookimpl
     def pre_run(self, state: State) -> None:
@@ -148,8 +161,10 @@ class Recorder(Plugin):
                 weights=found,
                 optimizer=kept,
                 loss=loss / max(weight, 1.0),
+                evaluation=self._evaluation,
             )
         )
+        self._evaluation = None
 
 
 @contextmanager

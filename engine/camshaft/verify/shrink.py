@@ -12,7 +12,8 @@ from camshaft.errors import Problem, RecipeError
 from camshaft.host import plugin_class
 from camshaft.recipe import check, load
 from camshaft.verify import corpus, sizes
-from camshaft.verify.sorting import Sorted
+from camshaft.verify.code import files
+from camshaft.verify.sorting import BY_DESIGN, Sorted
 
 if TYPE_CHECKING:
     from camshaft.recipe import Checked, Resolved
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 TIMEOUT_S = 20
 """Seconds that a collective waits: what has not come by then does not come."""
 _MORE_LAYERS = 40
+EVALUATIONS = {"eval_every": 2, "eval_samples": 7}
+"""Before the first step and behind every second one, of a number of samples that no number of ranks divides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,15 @@ class Small:
     accumulation: int = 1
     own: Mapping[str, Any] = field(default_factory=dict)
     """Section of the owner of ``precision`` as the recipe has it."""
+    taken_out: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the recipe that are not in it, by key, with their values."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Files that sections of plugins name, with a digest of each."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it evaluates between steps."""
+        return "eval_every" in self.tree["training"]
 
     @property
     def samples(self) -> int:
@@ -93,16 +105,25 @@ def _parallel(degrees: Mapping[str, int]) -> dict[str, Any]:
 
 
 def shrink(
-    resolved: Resolved, checked: Checked, sorted_: Sorted, folder: Path, *, steps: int, device: str = "cpu"
+    resolved: Resolved,
+    checked: Checked,
+    sorted_: Sorted,
+    folder: Path,
+    *,
+    steps: int,
+    device: str = "cpu",
+    deep: bool = False,
 ) -> Small:
     """The small recipe of ``resolved``, which ``checked`` found legal for its own number of processes.
+
+    ``deep``: with as many layers as the recipe has, for plugins that name layers by their numbers.
 
     Raises:
         RecipeError: no smaller recipe of these plugins is legal; with the problems of the last attempt.
     """
     problems: Sequence[Problem] = ()
     for strict in (True, False):
-        for small in _attempts(resolved, checked, sorted_, folder, steps, device):
+        for small in _attempts(resolved, checked, sorted_, folder, steps, device, deep=deep):
             fitted, problems = _fit(small, sorted_, resolved, strict=strict)
             if fitted is not None:
                 _write_corpus(fitted, resolved.recipe.seed, steps)
@@ -111,18 +132,19 @@ def shrink(
 
 
 def _attempts(
-    resolved: Resolved, checked: Checked, sorted_: Sorted, folder: Path, steps: int, device: str
+    resolved: Resolved, checked: Checked, sorted_: Sorted, folder: Path, steps: int, device: str, *, deep: bool
 ) -> Iterator[Small]:
     """Ever larger ones: more layers, more microbatches, then the recipe's own depth of the pipeline."""
     assert checked.mesh is not None and checked.batch is not None and checked.config is not None
     degrees = {axis.name: axis.degree for axis in checked.mesh.axes}
-    small, config = sizes.small_degrees(degrees), checked.config
-    pipelines = dict.fromkeys([small["pp"], *((3, 4, degrees["pp"]) if degrees["pp"] > 2 else ())])
+    # Along an axis that only plugins work along which are left out, there is one rank.
+    small, config = sorted_.left_alone(sorted_.all, sizes.small_degrees(degrees)), checked.config
+    pipelines = dict.fromkeys([small["pp"], *((3, 4, degrees["pp"]) if small["pp"] > 1 and degrees["pp"] > 2 else ())])
     for pipeline in pipelines:
         small = {**small, "pp": pipeline}
         least = sizes.least_layers(config.num_hidden_layers, degrees["pp"], pipeline)
         most = least + (_MORE_LAYERS if pipeline > 1 else 1)
-        counts = [*range(least, most, pipeline)]
+        counts = [] if deep else [*range(least, most, pipeline)]
         for accumulation in sizes.accumulations(checked.batch.accumulation, pipeline):
             for layers in [*counts, config.num_hidden_layers]:
                 yield _small(resolved, checked, sorted_, folder, steps, device, small, layers, accumulation)
@@ -145,20 +167,21 @@ def _small(
     model = sizes.small_model(config, degrees, small, layers)
     length = sizes.as_even(sizes.LENGTH, recipe.data.sequence_length, degrees.get("tp", 1), small.get("tp", 1))
     micro = {1: 1}.get(checked.batch.micro_batch_size, 2 + checked.batch.micro_batch_size % 2)
-    tree = {
+    evaluates, source = recipe.training.eval_every is not None, {"blend": [{"prefix": str(folder / "corpus")}]}
+    tree: dict[str, Any] = {
         "schema_version": 1,
         "name": "verify",
         "seed": recipe.seed,
         "model": {key: value for key, value in model.items() if value is not None},
         "data": {
-            "train": {"blend": [{"prefix": str(folder / "corpus")}]},
-            "validation_fraction": 0.0,
+            "train": source,
+            **({"validation": source} if evaluates else {"validation_fraction": 0.0}),
             "sequence_length": length,
             "pack": recipe.data.pack,
             "document_mask": recipe.data.document_mask,
             "cache_dir": str(folder),
         },
-        "training": {"max_tokens": 1, "log_every": 1},
+        "training": {"max_tokens": 1, "log_every": 1, **(EVALUATIONS if evaluates else {})},
         "launch": {"launcher": "torchrun", "threads_per_rank": 1, "group_timeout_s": TIMEOUT_S},
         "debug": {"contracts": True},
     }
@@ -171,9 +194,19 @@ def _small(
         if name in sorted_.all
     }
     own = sections.get(sorted_.precision or "", {})
-    made = Small(tree, sections, small, folder, "fp64", device, micro=micro, accumulation=accumulation, own=own)
+    absent = {
+        f"plugins.{name}": resolved.tree["plugins"].get(name)
+        for name, why in sorted_.left_out.items()
+        if why == BY_DESIGN
+    }
+    made = Small(
+        tree, sections, small, folder, "fp64", device,
+        micro=micro, accumulation=accumulation, own=own, taken_out=absent,
+        files=files(sections.values(), resolved.base_dir, Path()),
+    )  # fmt: skip
     samples = made.samples * (steps - 1) + max(made.samples * 3 // 5, 1)  # the last window is short
-    return replace(made, tree={**tree, "training": {"max_tokens": samples * length, "log_every": 1}})
+    training = {**tree["training"], "max_tokens": samples * length}
+    return replace(made, tree={**tree, "training": training})
 
 
 def _parameters(model: Mapping[str, Any]) -> int:
@@ -245,6 +278,7 @@ def _problems(small: Small, sorted_: Sorted) -> Sequence[Problem]:
 def _without(small: Small, problems: Sequence[Problem], resolved: Resolved, *, strict: bool) -> Small | None:
     """``small`` without the options that problems are about: those that this module set, or any unless ``strict``."""
     sections, notes = {name: dict(section) for name, section in small.sections.items()}, list(small.notes)
+    taken_out = dict(small.taken_out)
     for problem in problems:
         words = problem.key.split(".")
         if len(words) < 3 or words[0] != "plugins" or words[2] not in sections.get(words[1], {}):
@@ -254,7 +288,8 @@ def _without(small: Small, problems: Sequence[Problem], resolved: Resolved, *, s
             continue
         if given:
             notes.append(f"{'.'.join(words[:3])}, which a small model on this machine cannot have: {problem.message}")
+            taken_out[".".join(words[:3])] = resolved.tree["plugins"][words[1]][words[2]]
         del sections[words[1]][words[2]]
     if sections == small.sections:
         return None
-    return replace(small, sections=sections, notes=tuple(notes))
+    return replace(small, sections=sections, notes=tuple(notes), taken_out=taken_out)

@@ -92,8 +92,8 @@ def _between(size: float, whole: float) -> float:
 
 
 def small_degrees(degrees: Mapping[str, int]) -> dict[str, int]:
-    """Two ranks along every axis that has several."""
-    return {axis: min(degree, 2) for axis, degree in degrees.items()}
+    """Two ranks along every axis that has several, or three where their number is odd: not all divides evenly then."""
+    return {axis: min(degree, 2 + degree % 2) for axis, degree in degrees.items()}
 
 
 def accumulations(original: int, pipeline: int) -> list[int]:

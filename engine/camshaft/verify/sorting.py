@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from camshaft.errors import PluginError, RecipeError
+from camshaft.hookspecs import FAMILIES, RunHooks
 from camshaft.host import Host, installed, plugin_class
 from camshaft.plugin import PROJECT
 from camshaft.recipe import check
@@ -25,12 +26,17 @@ TRAINING = ("optimizer", "lr", "clip", "build_model")
 """Slots whose owners say what is trained, and not how: the plain process has them as well."""
 TELLING = ("log", "save", "load")
 """Hooks of plugins that tell or keep what a run does."""
+BESIDE = frozenset(
+    {*(name for name in vars(RunHooks) if not name.startswith("_")), "plan", "estimate", "bind", "post_step"}
+)
+"""Hooks that such a plugin may have besides: who has others too takes part in the step, and is compared."""
 DATA = ("data.train", "data.validation.")
 """Where problems are about what a recipe reads, which a proof does not read."""
 CHANGES_MODEL = "changes_model"
 """A fact that a plugin provides whose ``rewrite`` changes what is trained: the plain process keeps it."""
 CHANGES_NUMBERS = "changes_numbers"
 """A fact that a plugin provides whose purpose is to change the numbers (lossy compression): nothing to compare."""
+BY_DESIGN = "it changes the numbers by design, as its plan says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +98,29 @@ def legal(resolved: Resolved, world_size: int) -> Checked:
 def sort(resolved: Resolved, checked: Checked) -> Sorted:
     """Sort the plugins of ``resolved``, a recipe that ``checked`` found legal."""
     host = Host.of(resolved.recipe.plugins)
-    hooks = {hook: {name for name, _ in host.implementations(hook)} for hook in (*TRAINING, *TELLING, "precision")}
+    hooks = {hook: {name for name, _ in host.implementations(hook)} for hook in TRAINING}
     compared, kept, left_out = [], [], {}
     for name in host.plugins:
         plan = checked.plans.get(name)
         claims = () if plan is None else plan.claims
         trains = any(name in hooks[slot] for slot in TRAINING)
         if plan is not None and CHANGES_NUMBERS in plan.provides:
-            left_out[name] = "it changes the numbers by design, as its plan says"
+            left_out[name] = BY_DESIGN
         elif not claims and (trains or (plan is not None and CHANGES_MODEL in plan.provides)):
             kept.append(name)
-        elif not claims and any(name in hooks[hook] for hook in TELLING):
-            left_out[name] = "it tells or keeps what a run does"
+        elif not claims and (own := hooks_of(host, name)) & set(TELLING) and own <= BESIDE:
+            left_out[name] = f"it tells or keeps what a run does, and is in neither run ({', '.join(sorted(own))})"
         else:
             compared.append(name)
     precision = next(iter(checked.owners.get("precision", ())), None)
     axes, reduces = _axes(checked.plans, checked)
     return Sorted(tuple(compared), tuple(kept), precision, left_out, axes, reduces)
+
+
+def hooks_of(host: Host, plugin: str) -> frozenset[str]:
+    """Hooks that a plugin implements."""
+    names = [name for family in FAMILIES for name in vars(family) if not name.startswith("_")]
+    return frozenset(name for name in names if any(owner == plugin for owner, _ in host.implementations(name)))
 
 
 def _axes(plans: Mapping[str, Plan], checked: Checked) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
