@@ -1,8 +1,8 @@
 """Saved tensors wait in the host's memory: they leave behind the forward of their module and come back, one module
 ahead, for its backward.
 
-On CUDA both ways go over a stream of their own, from and to page-locked memory. Each storage goes once, however many
-tensors see it. Parameters, what is small, and inputs that need no gradient (which all layers share) stay where they
+On CUDA both ways go over a stream of their own, from and to page-locked memory, of which torch takes a power of two for
+each storage: up to twice the bytes. Each storage goes once, however many tensors see it. Parameters, what is small, and inputs that need no gradient (which all layers share) stay where they
 are. On a CPU the way is a copy each time, in the same order, so that everything but the streams runs there too.
 """
 

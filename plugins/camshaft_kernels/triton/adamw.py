@@ -1,4 +1,5 @@
-"""AdamW over a list of tensors in one launch: unscaling, clipping, decay, moments and step in one pass over memory.
+"""AdamW over a list of tensors in one launch: a factor on gradients, such as clipping's, decay, moments and step in one
+pass over memory. The plugin `precision` divides out a loss scale before, when it looks for overflow.
 
 Loshchilov and Hutter 2019, as ``torch.optim.AdamW`` orders it: p (1 - lr wd) - lr m' / (sqrt(v') + eps), with moments m
 and v of gradients times ``scale`` and m', v' free of their bias towards zero. Bias corrections are computed in fp64 on
