@@ -207,9 +207,7 @@ def test_a_sweep_without_any_value_ends_with_status_1(sweep, monkeypatch, mode, 
     assert sum(reason in line for line in told) == 2
 
 
-def test_a_grid_is_every_combination_in_order(sweep):
-    found = sweep(
-        """
+GRID = """
 schema_version: 1
 name: grid
 recipe: small.yaml
@@ -219,12 +217,30 @@ parameters:
   training.max_steps: {min: 2, max: 6, step: 2}
   plugins.adamw.lr: {values: [0.1, 0.01]}
 """
-    )
+
+
+def test_a_grid_is_every_combination_in_order(sweep):
+    found = sweep(GRID)
     assert found.total == 6
     go(found)
     chosen = [(row[3]["training.max_steps"], row[3]["plugins.adamw.lr"]) for row in results(found)]
     assert chosen == [(2, 0.1), (2, 0.01), (4, 0.1), (4, 0.01), (6, 0.1), (6, 0.01)]
     assert results(found)[0][2] == pytest.approx(2.0)  # the largest of 1 + 1/step
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_sweep_that_was_killed_while_it_chose_values_tries_all_of_them(sweep, chosen):
+    """The trial that was begun has none of its values, or one of two."""
+    found = sweep(GRID)
+    found.folder.mkdir(parents=True)
+    begun = local.Runner(found, NoStop(), print, toy)
+    first = begun.study.ask()
+    first.suggest_int("training.max_steps", 2, 6, step=2) if chosen else None
+    told = go(found)
+    assert any("trial 0: ended before it began" in line for line in told)
+    rows = [row for row in results(found) if row[1] == "complete"]
+    tried = [(row[3]["training.max_steps"], row[3]["plugins.adamw.lr"]) for row in rows]
+    assert tried == [(2, 0.1), (2, 0.01), (4, 0.1), (4, 0.01), (6, 0.1), (6, 0.01)]
 
 
 def test_trials_worse_than_the_median_are_stopped(sweep, monkeypatch):

@@ -71,7 +71,7 @@ class Runner:
     def run(self) -> None:
         """Finish what an earlier process began, then the rest; results are in ``results.json``."""
         for begun in self.study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
-            if begun.params.keys() == self._sweep.file.parameters.keys():
+            if self._chosen(begun):
                 self._finish(begun.number, begun.params, None)
             else:  # killed while its values were being chosen
                 self._tell(begun.number, Outcome(None, "ended before it began"))
@@ -110,14 +110,18 @@ class Runner:
 
     def _over(self) -> int:
         states = (self._states.COMPLETE, self._states.FAIL, self._states.PRUNED)
-        return len(self.study.get_trials(deepcopy=False, states=states))
+        return sum(map(self._chosen, self.study.get_trials(deepcopy=False, states=states)))
+
+    def _chosen(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether it has all of its values; a process that was killed before that has tried nothing."""
+        return bool(trial.params.keys() == self._sweep.file.parameters.keys())
 
     def _ask(self) -> optuna.Trial:
         file, number = self._sweep.file, len(self.study.get_trials(deepcopy=False))
         if file.method == "grid":
             waiting = self.study.get_trials(deepcopy=False, states=(self._states.WAITING,))
             if not waiting:
-                self.study.enqueue_trial(self._combination(number))
+                self.study.enqueue_trial(self._combination(self._over()))
         digest = hashlib.blake2b(f"{file.seed}/{number}".encode(), digest_size=4).digest()
         samplers = self._optuna.samplers
         kind = samplers.TPESampler if file.method == "bayes" else samplers.RandomSampler
