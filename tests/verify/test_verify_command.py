@@ -131,6 +131,15 @@ def test_a_recipe_at_fault_is_told_as_ever(tmp_path, capsys):
     assert "error:" in capsys.readouterr().err
 
 
+def test_a_recipe_without_a_small_form_here_is_told_at_its_own_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    recipe(tmp_path, "ddp")
+    assert command(tmp_path, "ddp", "launch.device=cuda", "plugins.kernels.rms_norm=triton") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: override 2 (plugins.kernels.rms_norm): plugins.kernels: no small form of the recipe")
+    assert "--on-gpu" in told and "fit.yaml" not in told
+
+
 def stays_away(right):
     """Rank 1 does not take part in the sums."""
     import torch.distributed as dist

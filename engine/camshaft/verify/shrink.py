@@ -128,7 +128,14 @@ def shrink(
             if fitted is not None:
                 _write_corpus(fitted, resolved.recipe.seed, steps)
                 return fitted
-    raise RecipeError(list(problems))
+    raise RecipeError([_of_the_recipe(problem, resolved, device) for problem in problems])
+
+
+def _of_the_recipe(problem: Problem, resolved: Resolved, device: str) -> Problem:
+    """``problem`` of a small form at its place in the recipe: the small form's own file is gone by then."""
+    message = f"no small form of the recipe is legal on this machine's {device.upper()}: {problem.message}"
+    gpus = "; --on-gpu proves it on GPUs" if problem.fix and device == "cpu" else ""
+    return resolved.problem(problem.key, message, problem.fix + gpus)
 
 
 def _attempts(
