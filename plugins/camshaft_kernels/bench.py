@@ -40,6 +40,9 @@ def main(words: Sequence[str]) -> None:
     try:
         made = measure(device, tuple(options.dtype or DEFAULT_DTYPES), frozenset(options.op or ()), options.seconds)
         whole = _beside_earlier(made, path)
+        if not made.rows:
+            say("nothing to choose: no operation has two implementations here, and no table was written")
+            return
         partial.write_text(whole.dumps(), encoding="utf-8")
         partial.replace(path)
     except OSError as error:

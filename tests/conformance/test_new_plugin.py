@@ -11,6 +11,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -139,6 +140,22 @@ def test_names_that_cannot_be_are_refused(tmp_path: Path, name: str, message: st
     with pytest.raises(RecipeError, match=message):
         scaffold.write(scaffold.Request(name, "observer"), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_recipes_know_already_are_refused(tmp_path: Path) -> None:
+    """A package called so would never be asked: the shipped one is."""
+    from camshaft_kernels.packages import PROVIDERS
+    from camshaft_kernels.registry import AUTO
+    from camshaft_pipeline.options import Options
+
+    (names, _) = get_args(Options.model_fields["schedule"].annotation)
+    assert set(scaffold.kinds()["schedule"]["taken"]) == set(get_args(names))
+    assert set(scaffold.kinds()["kernel"]["taken"]) == {*PROVIDERS, AUTO}
+    for name, kind in (("gpipe", "schedule"), ("triton", "kernel")):
+        with pytest.raises(RecipeError, match=f"names another {kind} in a recipe already"):
+            scaffold.write(scaffold.Request(name, kind), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert scaffold.write(scaffold.Request("gpipe", "observer"), tmp_path).is_dir()
 
 
 def test_the_command_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,12 @@ def test_operations_that_were_not_measured_again_stay_in_the_table(tmp_path, cap
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["table.json"]
 
 
+def test_without_a_choice_there_is_no_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "_present", lambda offer, case, device: offer.provider == "torch")
+    assert run(["bench", "kernels", "--device", "cpu", "--output", str(tmp_path / "table.json")]) == 0
+    assert "no table was written" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").touch()

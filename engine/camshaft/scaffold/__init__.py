@@ -107,6 +107,8 @@ def write(request: Request, into: Path) -> Path:
     if request.license not in LICENSES:
         raise RecipeError(f"there is no license '{request.license}' here: use one of {', '.join(LICENSES)}")
     check_name(request.name)
+    if request.name in kinds()[request.kind].get("taken", ()):
+        raise RecipeError(f"'{request.name}' names another {request.kind} in a recipe already: choose another name")
     folder = into / request.distribution
     texts = render(request)
     try:
