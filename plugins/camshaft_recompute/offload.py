@@ -2,8 +2,9 @@
 ahead, for its backward.
 
 On CUDA both ways go over a stream of their own, from and to page-locked memory, of which torch takes a power of two for
-each storage: up to twice the bytes. Each storage goes once, however many tensors see it. Parameters, what is small, and inputs that need no gradient (which all layers share) stay where they
-are. On a CPU the way is a copy each time, in the same order, so that everything but the streams runs there too.
+each storage: up to twice the bytes. Each storage goes once, however many tensors see it. Parameters, what is small, and
+inputs that need no gradient (which all layers share) stay where they are. On a CPU the way is a copy each time, in the
+same order, so that everything but the streams runs there too.
 """
 
 from __future__ import annotations
