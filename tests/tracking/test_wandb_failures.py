@@ -121,10 +121,18 @@ def _run(state, *, steps=5, pause=0.0, **options):
     return moments[1] - moments[0], sorted(logs)[len(logs) * 9 // 10], time.perf_counter() - start
 
 
+def _read(path: Path) -> bytes:
+    """What a thread's or process' file says; nothing once it has ended."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def _own_workers() -> list[int]:
     tasks = Path("/proc/self/task").iterdir()
-    children = [child for task in tasks for child in (task / "children").read_text().split()]
-    return [int(child) for child in children if b"camshaft_wandb" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    children = [child for task in tasks for child in _read(task / "children").split()]
+    return [int(child) for child in children if b"camshaft_wandb" in _read(Path(f"/proc/{child.decode()}/cmdline"))]
 
 
 def _logged(notes) -> list[int]:
