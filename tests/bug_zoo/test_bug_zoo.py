@@ -9,8 +9,16 @@ from camshaft.testing.conformance.trial import Trial, write_corpus
 from camshaft.verify.examine import verify
 
 SHOWN = [bug for bug in zoo.BUGS if bug.told_by != "resume"]
-RIGHT = {str((zoo.GENUINE.get(bug.plugin), bug.ranks, bug.plugins, bug.parallel, bug.data)): bug for bug in SHOWN}
-"""Without the bug many recipes are the same: one of each."""
+
+
+def without(bug: zoo.Bug) -> str:
+    """What decides the recipe that ``bug`` is taken out of."""
+    genuine = zoo.GENUINE.get(bug.plugin)
+    return str((genuine, bug.options if genuine else {}, bug.ranks, bug.plugins, bug.model, bug.parallel, bug.data))
+
+
+RIGHT = {without(bug): bug for bug in SHOWN}
+"""Without the bug some recipes are the same: one of each."""
 ids = [bug.plugin for bug in SHOWN]
 
 

@@ -9,7 +9,7 @@ from itertools import combinations, product
 
 FULL = os.environ.get("CAMSHAFT_FULL_MATRIX", "")
 """``1``: all on up to ``FEW`` ranks, and of larger ones those of the sample; ``every``: all of them; both write the
-page of results. Else a sample runs, which covers every pair.
+page of results. Else every second combination of a sample that covers every pair.
 """
 FEW = 4
 

@@ -1,7 +1,7 @@
 """Data-parallel family x tensor x pipeline x precision and optimizer: each is refused, or equals one plain process.
 
-By default a sample that has every pair of values; with CAMSHAFT_FULL_MATRIX=1 every combination on few ranks besides,
-with CAMSHAFT_FULL_MATRIX=every all of them, and the page docs/parity.md is written from what was measured.
+By default half of a sample that has every pair of values; with CAMSHAFT_FULL_MATRIX=1 every combination on few ranks
+besides, with CAMSHAFT_FULL_MATRIX=every all of them, and the page docs/parity.md is written from what was measured.
 """
 
 import time

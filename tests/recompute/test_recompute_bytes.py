@@ -123,7 +123,7 @@ def test_divided_products(make_recipe, mode, sequence):
     }
     pairs, _ = compared(make_recipe, 2, MODES[mode], **settings)
     for less, told in pairs:
-        # Received tensors of a few hundred bytes may be counted in either run: the others are equal to the byte.
+        # Equal to the byte as a rule; once 512 of 163,328 bytes were missing on a loaded machine, and why is not known.
         assert told > 50_000 and abs(less - told) <= 0.005 * told
 
 
@@ -136,5 +136,4 @@ def test_stages_tell_of_their_own_layers(make_recipe):
     pairs, _ = compared(make_recipe, 2, FULL, **settings)
     assert pairs[0][0] != pairs[1][0]
     for less, told in pairs:
-        # Received tensors of a few hundred bytes may be counted in either run: the others are equal to the byte.
-        assert told > 50_000 and abs(less - told) <= 0.005 * told
+        assert less == told > 50_000
