@@ -43,16 +43,27 @@ def measure(rank, world_size):
     return found
 
 
-def least(world_size, turns):
-    """Of several turns the one with the least: nobody can send less than was sent."""
-    rounds = [run_ranks(world_size, measure)[0] for _ in range(turns)]
-    return {name: (min(one[name][0] for one in rounds), rounds[0][name][1]) for name in rounds[0]}
+def most(theory):
+    """Bytes that may be on the wire for ``theory`` of them: headers are under 1 %."""
+    return theory * 1.01 + CONSTANT
+
+
+def least(world_size):
+    """Of up to five turns, of each collective the least: nobody can send less than what it takes.
+
+    A busy machine sends some packets twice, because their acknowledgement came late; others may use the interface too.
+    """
+    found = run_ranks(world_size, measure)[0]
+    for _ in range(4):
+        if all(measured <= most(theory) for measured, theory in found.values()):
+            break
+        again = run_ranks(world_size, measure)[0]
+        found = {name: (min(measured, again[name][0]), theory) for name, (measured, theory) in found.items()}
+    return found
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_bytes_on_the_wire_are_what_theory_says(world_size):
-    found, private = alone(least, world_size, 1)
-    if not private:
-        found = least(world_size, 5)
+    found, _ = alone(least, world_size)
     for name, (measured, theory) in found.items():
-        assert theory * 0.999 <= measured <= theory * 1.01 + CONSTANT, (name, measured / theory)
+        assert theory * 0.999 <= measured <= most(theory), (name, measured / theory)

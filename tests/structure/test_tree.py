@@ -62,10 +62,18 @@ def test_every_plugin_loads_and_is_its_own(name: str) -> None:
 
 def test_import_contracts_cover_every_plugin() -> None:
     linter = PYPROJECT["tool"]["importlinter"]
-    forbidden, independent = linter["contracts"]
+    forbidden, _, independent = linter["contracts"]
     assert set(linter["root_packages"]) == FOLDERS | {"camshaft"}
     assert set(forbidden["forbidden_modules"]) == FOLDERS | {"deepspeed", "wandb"}
     assert set(independent["modules"]) == FOLDERS
+
+
+def test_each_part_of_the_core_runs_a_step_or_is_a_tool() -> None:
+    contract = PYPROJECT["tool"]["importlinter"]["contracts"][1]
+    core, tools = set(contract["source_modules"]), set(contract["forbidden_modules"])
+    found = {f"camshaft.{path.stem}" for path in (ROOT / "engine" / "camshaft").iterdir() if path.name[0] not in "_." and path.name != "py.typed"}
+    assert core | tools == found
+    assert not core & tools
 
 
 def test_every_plugin_is_documented() -> None:

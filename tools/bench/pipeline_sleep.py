@@ -24,7 +24,7 @@ from tools.bench.setup import Case, recipe_of, scratch
 from tools.bench.sleeping import Naps, Sleepers, SleepingCamshaft, SleepingStage
 
 RANKS, MICROBATCHES = (2, 4), (8, 16)
-SECONDS = 0.008
+SECONDS = 0.012
 """Forward, I and W of a microbatch in a stage take this each, however many stages a rank has."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe_v")
 MOST = 1.05
