@@ -37,7 +37,7 @@ def unusable(offer: Offer, device: torch.device, dtype: str, head: int) -> str |
     if offer.provider == "triton":
         from camshaft_kernels.triton import available
 
-        return available()
+        return available(device)
     if device.type == "cuda" and offer.capability > (found := torch.cuda.get_device_capability(device)):
         return "it needs compute capability {}.{}, and this GPU has {}.{}".format(*offer.capability, *found)
     return None

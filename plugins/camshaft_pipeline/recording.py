@@ -49,7 +49,7 @@ class Recorder:
             call(action)
             if self._state.step == self._step:
                 if self._state.world.device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(self._state.world.device)
                 self.entries.append((self._place, action, self._executor.began, time.time()))
 
         return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, device: torch.device, saved: Callable[[], int], sight: Sight) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._saved, self._sight = saved, sight
-        self._clock: Clock = _host if device.type != "cuda" else _events
+        self._clock: Clock = _host if device.type != "cuda" else partial(_events, device)
         self._makers: dict[int, Done] = {}
         """Address to who made what is there."""
 
@@ -91,12 +92,12 @@ def _host() -> Callable[[], Any]:
     return lambda: time.perf_counter() - start
 
 
-def _events() -> Callable[[], Any]:
+def _events(device: torch.device) -> Callable[[], Any]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
+    start.record(torch.cuda.current_stream(device))
 
     def stop() -> Callable[[], float]:
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         return lambda: float(start.elapsed_time(end)) * 1e-3
 
     return stop

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from camshaft_kernels.providers import norms
+
 CHUNK = 2048 * 32
 """Elements that a block of apex's kernels works on, as apex itself launches them."""
 
 
 def rms_norm() -> dict[str, Any]:
-    """FusedRMSNorm. The residual is added before, in torch."""
-    return {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm}
+    """FusedRMSNorm."""
+    return norms.rms_norm(_rms_norm)
 
 
 def layer_norm() -> dict[str, Any]:
     """FusedLayerNorm."""
-    return {"layer_norm": _layer_norm}
+    return norms.layer_norm(_layer_norm)
 
 
 def adamw() -> dict[str, Any]:
@@ -44,26 +46,16 @@ def grad_norm() -> dict[str, Any]:
 def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
-    wide = torch.promote_types(hidden.dtype, weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):  # apex would cast to autocast's dtype
-        normed: Tensor = fused_rms_norm_affine(hidden.to(wide), weight.to(wide), tuple(weight.shape), eps)
+        normed: Tensor = fused_rms_norm_affine(hidden, weight, tuple(weight.shape), eps)
     return normed
 
 
-def _add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    summed = residual + hidden
-    return _rms_norm(summed, weight, eps), summed
-
-
-def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
-    wide = torch.promote_types(hidden.dtype, weight.dtype)
-    bias = torch.zeros_like(weight) if bias is None else bias
     with torch.autocast(hidden.device.type, enabled=False):
-        normed: Tensor = fused_layer_norm_affine(
-            hidden.to(wide), weight.to(wide), bias.to(wide), tuple(weight.shape), eps
-        )
+        normed: Tensor = fused_layer_norm_affine(hidden, weight, bias, tuple(weight.shape), eps)
     return normed
 
 

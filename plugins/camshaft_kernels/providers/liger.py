@@ -18,6 +18,8 @@ from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from torch import Tensor
 
 from camshaft.ops import IGNORED, Rope
+from camshaft_kernels.devices import on_device_of
+from camshaft_kernels.providers import norms
 from camshaft_kernels.providers.chunked import product_dtype
 
 _PLAIN = (None, IGNORED, 0.0, 0.0, "sum")
@@ -25,13 +27,13 @@ _PLAIN = (None, IGNORED, 0.0, 0.0, "sum")
 
 
 def rms_norm() -> dict[str, Any]:
-    """RMSNorm. The residual is added before, in torch."""
-    return {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm}
+    """RMSNorm."""
+    return norms.rms_norm(_rms_norm)
 
 
 def layer_norm() -> dict[str, Any]:
     """LayerNorm."""
-    return {"layer_norm": _layer_norm}
+    return norms.layer_norm(_layer_norm)
 
 
 def rope() -> dict[str, Any]:
@@ -55,25 +57,13 @@ def linear_cross_entropy() -> dict[str, Any]:
 
 
 def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not hidden.numel():
-        return hidden * weight
-    wide = torch.promote_types(hidden.dtype, weight.dtype)
     # Not in place: what writes over the output's gradient is wrong where the output has another use.
-    normed: Tensor = LigerRMSNormFunction.apply(hidden.to(wide), weight.to(wide), eps, 0.0, "llama", False)
+    normed: Tensor = LigerRMSNormFunction.apply(hidden, weight, eps, 0.0, "llama", False)
     return normed
 
 
-def _add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    summed = residual + hidden
-    return _rms_norm(summed, weight, eps), summed
-
-
-def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, weight.dtype)
-    bias = torch.zeros_like(weight) if bias is None else bias
-    if not hidden.numel():
-        return hidden * weight + bias
-    normed: Tensor = LigerLayerNormFunction.apply(hidden.to(wide), weight.to(wide), bias.to(wide), eps)
+def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    normed: Tensor = LigerLayerNormFunction.apply(hidden, weight, bias, eps)
     return normed
 
 
@@ -86,14 +76,16 @@ def _rope(q: Tensor, k: Tensor, angles: Rope, dtype: torch.dtype) -> tuple[Tenso
     # Copies, because the rotation is written over what it gets; wide ones, because it rounds each of its products.
     wide = torch.promote_types(dtype, torch.float32)
     turned = (each.to(wide, copy=True).transpose(1, 2) for each in (q, k))
-    one, other = LigerRopeFunction.apply(*turned, cos.squeeze(2), sin.squeeze(2))
+    with on_device_of(q):
+        one, other = LigerRopeFunction.apply(*turned, cos.squeeze(2), sin.squeeze(2))
     return one.transpose(1, 2).to(dtype), other.transpose(1, 2).to(dtype)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if not gate.numel():
         return gate * up
-    mixed: Tensor = LigerSiLUMulFunction.apply(gate, up)
+    with on_device_of(gate):
+        mixed: Tensor = LigerSiLUMulFunction.apply(gate, up)
     return mixed
 
 
@@ -102,7 +94,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return logits.float().sum()
     # A copy even where it is fp32 already: the gradient is written over it.
     wide = logits.flatten(0, -2).to(torch.float32, copy=True)
-    loss: Tensor = LigerCrossEntropyFunction.apply(wide, labels.flatten(), *_PLAIN)[0]
+    with on_device_of(logits):
+        loss: Tensor = LigerCrossEntropyFunction.apply(wide, labels.flatten(), *_PLAIN)[0]
     return loss
 
 
@@ -113,7 +106,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Ten
     flat, table = hidden.flatten(0, -2).to(dtype), weight.to(dtype)
     if not labels.numel():
         return (flat @ table.t()).float().sum()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with on_device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         made = LigerFusedLinearCrossEntropyFunction.apply(flat, table, labels.flatten(), None, *_PLAIN)
     loss: Tensor = made[0]
     return loss

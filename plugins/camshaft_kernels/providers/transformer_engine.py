@@ -14,6 +14,7 @@ from transformer_engine.pytorch import DotProductAttention
 from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
 from camshaft.ops import IGNORED
+from camshaft_kernels.devices import on_device_of
 
 
 def attention() -> dict[str, Any]:
@@ -35,11 +36,13 @@ def _module(heads: int, groups: int, width: int) -> Any:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mixed: Tensor = _module(q.shape[2], k.shape[2], q.shape[3])(q, k, v)  # [b, s, n d]
+    with on_device_of(q):
+        mixed: Tensor = _module(q.shape[2], k.shape[2], q.shape[3])(q, k, v)  # [b, s, n d]
     return mixed.view(q.shape)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     wide = logits.to(torch.float32, copy=True)  # the gradient is written over it
-    losses: Tensor = parallel_cross_entropy(wide, labels, 0.0, False, None, IGNORED)
+    with on_device_of(logits):
+        losses: Tensor = parallel_cross_entropy(wide, labels, 0.0, False, None, IGNORED)
     return losses.sum()

@@ -8,6 +8,10 @@ does, and decides there whether kernels are compiled or interpreted (``TRITON_IN
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 OLDEST = (3, 6)
 """Triton's version from which everything here is tried."""
@@ -18,8 +22,10 @@ CAPABILITY = (8, 0)
 _VARIABLE = "TRITON_INTERPRET=1"
 
 
-def available() -> str | None:
-    """Why these kernels cannot run in this process, in one sentence; None: they can."""
+def available(device: torch.device | None = None) -> str | None:
+    """Why these kernels cannot run in this process on ``device`` (None: the current GPU), in one sentence; None: they
+    can.
+    """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'camshaft[kernels]'"
     import triton
@@ -27,7 +33,7 @@ def available() -> str | None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
-    return _interpreter() if triton.knobs.runtime.interpret else _gpu()
+    return _interpreter() if triton.knobs.runtime.interpret else _gpu(device)
 
 
 def _interpreter() -> str | None:
@@ -40,14 +46,14 @@ def _interpreter() -> str | None:
     return None
 
 
-def _gpu() -> str | None:
+def _gpu(device: torch.device | None) -> str | None:
     import torch
 
     if torch.version.hip is not None:
         return "Camshaft's Triton kernels are tried on NVIDIA GPUs alone, and this torch is built for ROCm"
     if not torch.cuda.is_available():
         return f"there is no CUDA GPU (set {_VARIABLE} before the process starts to interpret on a CPU, for tests)"
-    found = torch.cuda.get_device_capability()
+    found = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
     if found < CAPABILITY:
         return f"the GPU has compute capability {found[0]}.{found[1]}, and {CAPABILITY[0]}.{CAPABILITY[1]} is needed"
     return None

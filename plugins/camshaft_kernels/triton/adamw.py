@@ -22,6 +22,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from camshaft_kernels.devices import on_device_of
 from camshaft_kernels.triton.launch import INTERPRETED, check, jit, narrow
 
 CHUNK = 1 << 14
@@ -172,10 +173,11 @@ def _launch(tensors: list[tuple[Tensor, ...]], scale: Tensor | None, scalars: tu
     table = _table(tensors)
     dtypes = [DTYPES[tensor.dtype] for tensor in tensors[0]]
     device = tensors[0][0].device
-    adamw_kernel[(table.owners.numel(),)](
-        table.rows, table.owners, table.rows if scale is None else scale.to(device), *scalars, *dtypes,
-        SCALED=scale is not None, ALIGNED=table.aligned, ELEMENTS=ELEMENTS, CHUNK=CHUNK, num_warps=4,
-    )  # fmt: skip
+    with on_device_of(table.rows):
+        adamw_kernel[(table.owners.numel(),)](
+            table.rows, table.owners, table.rows if scale is None else scale.to(device), *scalars, *dtypes,
+            SCALED=scale is not None, ALIGNED=table.aligned, ELEMENTS=ELEMENTS, CHUNK=CHUNK, num_warps=4,
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Block sizes are chosen by hand from shape and device and not by trial, so that two runs make the same sums. A kernel
 works on tiles [rows, columns] of tensors seen as matrices; offsets are 64-bit from the row on, so tensors may have more
-than 2^31 elements. Kernels start on the current CUDA device, which must be that of their tensors.
+than 2^31 elements. Every launch is inside of ``on_device_of`` one of its tensors.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def check(*tensors: Tensor) -> None:
     """
     if not INTERPRETED and not all(tensor.is_cuda for tensor in tensors):
         devices = sorted({str(tensor.device) for tensor in tensors})
-        reason = available() or "all tensors must be on the GPU"
+        reason = available(tensors[0].device) or "all tensors must be on the GPU"
         raise MachineError(f"a Triton kernel got tensors on {', '.join(devices)}, and {reason}")
 
 

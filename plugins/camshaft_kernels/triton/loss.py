@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camshaft.ops import IGNORED
+from camshaft_kernels.devices import on_device_of
 from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narrow, power_of_two, rows, warps, wide
 
 ELEMENTS = 4096
@@ -103,10 +104,11 @@ def losses_of(matrix: Tensor, labels: Tensor, *, in_place: bool, gain: float = 1
     peaks, totals = torch.empty_like(losses), torch.empty_like(losses)
     if count:
         block = min(power_of_two(columns), ELEMENTS)
-        loss_kernel[(count,)](
-            matrix, matrix.stride(0), labels, losses, peaks, totals, columns, gain,
-            IN_PLACE=in_place, LOOPS=ceil_div(columns, block), BLOCK=block, num_warps=warps(2 * block),
-        )  # fmt: skip
+        with on_device_of(matrix):
+            loss_kernel[(count,)](
+                matrix, matrix.stride(0), labels, losses, peaks, totals, columns, gain,
+                IN_PLACE=in_place, LOOPS=ceil_div(columns, block), BLOCK=block, num_warps=warps(2 * block),
+            )  # fmt: skip
     return losses, peaks, totals
 
 
@@ -130,10 +132,11 @@ class _CrossEntropy(torch.autograd.Function):
         if count:
             block = min(power_of_two(columns), ELEMENTS)
             blocks = ceil_div(columns, block)
-            gradient_kernel[(count * blocks,)](
-                matrix, matrix.stride(0), labels, peaks, totals, upstream, gradient, columns, blocks,
-                BLOCK=block, num_warps=warps(2 * block),
-            )  # fmt: skip
+            with on_device_of(matrix):
+                gradient_kernel[(count * blocks,)](
+                    matrix, matrix.stride(0), labels, peaks, totals, upstream, gradient, columns, blocks,
+                    BLOCK=block, num_warps=warps(2 * block),
+                )  # fmt: skip
         return gradient.view(ctx.shape), None
 
 

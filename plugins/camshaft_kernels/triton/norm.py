@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from camshaft_kernels.devices import on_device_of
 from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narrow, processors, rows, tile, warps, wide
 
 ELEMENTS = 4096
@@ -103,11 +104,12 @@ def _forward(
     scales = torch.empty(count, dtype=computed(dtype, weight.dtype), device=hidden.device)
     if count and columns:
         tall, block = tile(count, columns, ELEMENTS)
-        forward_kernel[(ceil_div(count, tall),)](
-            matrix, matrix.stride(0), other, other.stride(0), weight.contiguous(),
-            matrix if summed is None else summed, normed, scales, count, columns, eps,
-            ADD=summed is not None, ROWS=tall, BLOCK=block, num_warps=warps(tall * block),
-        )  # fmt: skip
+        with on_device_of(matrix):
+            forward_kernel[(ceil_div(count, tall),)](
+                matrix, matrix.stride(0), other, other.stride(0), weight.contiguous(),
+                matrix if summed is None else summed, normed, scales, count, columns, eps,
+                ADD=summed is not None, ROWS=tall, BLOCK=block, num_warps=warps(tall * block),
+            )  # fmt: skip
     return normed, summed, matrix if summed is None else summed.view(-1, columns), scales
 
 
@@ -124,11 +126,12 @@ def _backward(
     programs = ceil_div(ceil_div(count, tall), tiles) if tiles else 0
     partial = torch.empty((programs, columns) if weighted else (1, 1), dtype=scales.dtype, device=value.device)
     if programs and columns:
-        backward_kernel[(programs,)](
-            upstream, upstream.stride(0), other, other.stride(0), value, value.stride(0), weight.contiguous(), scales,
-            gradient, partial, count, columns, tiles,
-            EXTRA=extra is not None, PARTIAL=weighted, ROWS=tall, BLOCK=block, num_warps=warps(2 * tall * block),
-        )  # fmt: skip
+        with on_device_of(value):
+            backward_kernel[(programs,)](
+                upstream, upstream.stride(0), other, other.stride(0), value, value.stride(0), weight.contiguous(),
+                scales, gradient, partial, count, columns, tiles,
+                EXTRA=extra is not None, PARTIAL=weighted, ROWS=tall, BLOCK=block, num_warps=warps(2 * tall * block),
+            )  # fmt: skip
     return gradient, partial.sum(0).to(weight.dtype) if weighted else None
 
 

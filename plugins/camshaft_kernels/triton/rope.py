@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camshaft.ops import Rope
+from camshaft_kernels.devices import on_device_of
 from camshaft_kernels.triton.launch import check, jit, narrow, power_of_two, warps, wide
 
 ELEMENTS = 4096
@@ -97,12 +98,13 @@ def _turn(
     half = width // 2
     block = power_of_two(half)
     at_once = heads_at_once(queries, block), heads_at_once(k.shape[2], block)
-    rope_kernel[(batch * tokens,)](
-        q, q.stride(0), q.stride(1), q.stride(2), turned_q, k, k.stride(0), k.stride(1), k.stride(2), turned_k,
-        cos, cos.stride(0), cos.stride(1), sin, sin.stride(0), sin.stride(1), tokens, half,
-        QUERIES=queries, KEYS=k.shape[2], Q_HEADS=at_once[0], K_HEADS=at_once[1], BLOCK=block, TRANSPOSED=transposed,
-        num_warps=warps(2 * at_once[0] * block),
-    )  # fmt: skip
+    with on_device_of(q):
+        rope_kernel[(batch * tokens,)](
+            q, q.stride(0), q.stride(1), q.stride(2), turned_q, k, k.stride(0), k.stride(1), k.stride(2), turned_k,
+            cos, cos.stride(0), cos.stride(1), sin, sin.stride(0), sin.stride(1), tokens, half,
+            QUERIES=queries, KEYS=k.shape[2], Q_HEADS=at_once[0], K_HEADS=at_once[1], BLOCK=block,
+            TRANSPOSED=transposed, num_warps=warps(2 * at_once[0] * block),
+        )  # fmt: skip
     return turned_q, turned_k
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from camshaft_kernels.devices import on_device_of
 from camshaft_kernels.triton.launch import ceil_div, check, jit, narrow, power_of_two, rows, warps, wide
 
 ELEMENTS = 2048
@@ -76,9 +77,10 @@ class _SwiGLU(torch.autograd.Function):
         if out.numel():
             g, u = _matrices(gate, up)
             programs, blocks, block = _grid(g)
-            forward_kernel[(programs,)](
-                g, g.stride(0), u, u.stride(0), out, g.shape[1], blocks, BLOCK=block, num_warps=warps(2 * block)
-            )
+            with on_device_of(g):
+                forward_kernel[(programs,)](
+                    g, g.stride(0), u, u.stride(0), out, g.shape[1], blocks, BLOCK=block, num_warps=warps(2 * block)
+                )
         return out
 
     @staticmethod
@@ -90,10 +92,11 @@ class _SwiGLU(torch.autograd.Function):
         if upstream.numel():
             d, g, u = _matrices(upstream, gate, up)
             programs, blocks, block = _grid(g)
-            backward_kernel[(programs,)](
-                d, d.stride(0), g, g.stride(0), u, u.stride(0), into_gate, into_up, g.shape[1], blocks,
-                BLOCK=block, num_warps=warps(2 * block),
-            )  # fmt: skip
+            with on_device_of(g):
+                backward_kernel[(programs,)](
+                    d, d.stride(0), g, g.stride(0), u, u.stride(0), into_gate, into_up, g.shape[1], blocks,
+                    BLOCK=block, num_warps=warps(2 * block),
+                )  # fmt: skip
         return into_gate, into_up
 
 
