@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from camshaft.errors import PluginError
 from camshaft.halving import Halver
 from camshaft.host import Host
 from camshaft.program import CLOSING, Action, Kind
+from camshaft.seeds import seed_step
 from camshaft.state import State
 from camshaft.strokes import Strokes
 
@@ -174,17 +174,3 @@ class Stepper:
         state.step += 1
         state.consumed_samples += state.window.samples
         state.consumed_tokens += state.window.tokens
-
-
-def seed_step(state: State) -> None:
-    """Seed torch's generators from (seed, step, part of the batch), so that random numbers need no saved state.
-
-    A resumed run draws what an undisturbed one would have drawn; ranks that share their part of the batch draw alike.
-    """
-    world = state.world
-    index = world.mesh.shape.batch_index(world.rank)
-    key = f"{world.recipe.seed}/{state.step}/{index}".encode()
-    seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
-    torch.default_generator.manual_seed(seed)
-    if world.device.type == "cuda":
-        torch.cuda.manual_seed(seed)

@@ -14,6 +14,7 @@ from camshaft import bind
 from camshaft.data.loader import Batch
 from camshaft.host import Host
 from camshaft.program import Action, Kind
+from camshaft.seeds import Seeds
 from camshaft.state import State
 
 
@@ -31,6 +32,7 @@ class Strokes:
         self.call = bind.middleware(host, "around_forward", state, state.model)
         """The model's forward inside of every plugin's ``around_forward``, without ``pre_forward``."""
         self._pre_forward = bind.event(host, "pre_forward")
+        self._seeds = Seeds(state)
         self._post_backward = bind.event(host, "post_backward")
         backwards = [action for action in program if action.kind in (Kind.B, Kind.W)]
         self._final = {action.stage: action for action in backwards}  # of each stage the last one stays
@@ -53,6 +55,7 @@ class Strokes:
         state = self.state
         assert state.window is not None
         state.microbatch, state.stage = action.microbatch, action.stage
+        self._seeds.begin()
         batch: Batch = state.window.batches[action.microbatch]
         if state.world.stages:
             batch = replace(batch, stage=action.stage, hidden=hidden)
@@ -66,6 +69,7 @@ class Strokes:
         state = self.state
         state.microbatch, state.stage = action.microbatch, action.stage
         state.inputs_only = action.kind is Kind.I
+        self._seeds.begin_backward()
         state.final_backward = action == self._final.get(action.stage)
         state.last_backward = action == self._last
 

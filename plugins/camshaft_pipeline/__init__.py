@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from camshaft_pipeline.cutting import Tie
     from camshaft_pipeline.deferral import Deferral
     from camshaft_pipeline.executor import Executor
+    from camshaft_pipeline.outside import Outside
     from camshaft_pipeline.recording import Recorder
     from camshaft_pipeline.schedule import Schedule
     from camshaft_pipeline.ties import Ties
@@ -51,6 +52,7 @@ class Plugin(camshaft.Plugin):
     _ties: Ties | None = None
     _deferral: Deferral | None = None
     _recorder: Recorder | None = None
+    _outside: Outside | None = None
     _tied: tuple[Tie, ...] = ()
 
     @property
@@ -146,16 +148,28 @@ class Plugin(camshaft.Plugin):
 
         def forward(batch: Batch) -> Tensor:
             if batch.stage is not None or self._executor is None:
+                if self._outside is not None:
+                    self._outside.begin()
                 return call(batch)
             return self._executor.evaluate(batch, call)
 
         return forward
 
     @camshaft.hookimpl
+    def pre_run(self, state: State) -> None:
+        """Watch the first window."""
+        from camshaft_pipeline.outside import Outside
+
+        self._outside = Outside(state.world, state.model, f"plugins.{self.name}")
+
+    @camshaft.hookimpl
     def reduce(self) -> None:
         """Wait until everything that this window sent is gone; weights may change then."""
         assert self._executor is not None
         self._executor.end_window()
+        if self._outside is not None:
+            self._outside.close()
+            self._outside = None
 
     @camshaft.hookimpl
     def post_step(self) -> None:
@@ -170,4 +184,6 @@ class Plugin(camshaft.Plugin):
             self._ties.close()
         if self._deferral is not None:
             self._deferral.close()
-        self._executor = self._ties = self._deferral = None
+        if self._outside is not None:
+            self._outside.close()
+        self._executor = self._ties = self._deferral = self._outside = None
