@@ -12,6 +12,7 @@ from camshaft.host import installed
 
 if TYPE_CHECKING:
     from camshaft.mesh import Axis, MeshShape
+    from camshaft.models.config import ModelConfig
     from camshaft.recipe.schema import Recipe
 
 Resource = Literal[
@@ -99,6 +100,9 @@ class PlanContext:
     plugins: tuple[str, ...]
     device: str
     """``cpu``, ``cuda``, or ``any`` when the recipe is planned for a machine that is not this one."""
+    config: ModelConfig | None = None
+    """The built-in decoder as it will be built (``camshaft.models.names`` and ``.shapes`` tell what is in it); None
+    where a plugin builds or may change the model, of which nothing is known yet, or where the section is at fault."""
 
 
 def overlap(left: str, right: str) -> bool:

@@ -32,6 +32,7 @@ from camshaft.mesh import Mesh
 from camshaft.meter import Meter
 from camshaft.recipe import check
 from camshaft.recipe.checks import AUTO
+from camshaft.recipe.length import sample_limit, total_steps
 from camshaft.state import Component, State, World
 from camshaft.step import Stepper
 
@@ -101,9 +102,7 @@ def session(
     ``observers`` are plugins beside the recipe's own, after them in order: probes of tests and of proofs.
     """
     device = pick_device(resolved.recipe.launch, environment)
-    checked = check(resolved, environment.world_size, device=device.type)
-    if checked.problems:
-        raise RecipeError(checked.problems)
+    checked = check(resolved, environment.world_size, device=device.type, observers=observers).require()
     if resolved.recipe.batch.micro_batch_size == AUTO:
         fix = "give a number; `camshaft train` finds one where it starts the ranks itself"
         raise RecipeError(resolved.problem("batch.micro_batch_size", "auto was not resolved before the run", fix))
@@ -303,24 +302,6 @@ def components(host: Host, state: State) -> list[Component]:
             raise PluginError(name, "state_dict", "saves state, but has no load_state_dict to take it back")
         found.append((name, partial(function, state), partial(loaders[name], state)))
     return found
-
-
-def sample_limit(recipe: Recipe, samples_per_epoch: int) -> int | None:
-    """After how many samples the data ends; None if only ``max_steps`` ends the run."""
-    training = recipe.training
-    if training.max_epochs is not None:
-        return training.max_epochs * samples_per_epoch
-    if training.max_tokens is not None:
-        return math.ceil(training.max_tokens / recipe.data.sequence_length)
-    return None
-
-
-def total_steps(recipe: Recipe, samples: int | None, global_batch_size: int) -> int:
-    """Optimizer steps of the whole run; the last window may be short."""
-    if recipe.training.max_steps is not None:
-        return recipe.training.max_steps
-    assert samples is not None
-    return math.ceil(samples / global_batch_size)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
 
 from camshaft.errors import CamshaftError, Problem, RecipeError
+from camshaft_compile import naming
 
 if TYPE_CHECKING:
     from camshaft.state import World
@@ -32,7 +32,7 @@ class Blocks:
         self._key = f"plugins.{plugin}"
         self._running = False
         _check_backend(options.backend, self._key)
-        self.names = chosen(options, model, self._key)
+        self.names = chosen(options, model, self._key, whole=not world.stages)
         self._modules = [model.get_submodule(name) for name in self.names]
         if options.backend == "inductor" and options.cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = options.cache_dir  # torch itself sets it, so being set says nothing
@@ -109,13 +109,7 @@ class Blocks:
 def _check_backend(name: str, key: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if name not in known:
-        raise RecipeError(
-            Problem(
-                f"torch knows no backend '{name}'; there are: {', '.join(known)}",
-                key=f"{key}.backend",
-                fix="set it to one of them, or remove it for inductor",
-            )
-        )
+        raise RecipeError(naming.unknown_backend(name, known, f"{key}.backend"))
 
 
 def _quieten() -> None:
@@ -138,31 +132,16 @@ def arguments(options: Options, *, whole: bool = False) -> dict[str, Any]:
     return named
 
 
-def chosen(options: Options, model: Module, key: str) -> list[str]:
-    """Names of the modules to compile, in the model's order; none inside of another."""
+def chosen(options: Options, model: Module, key: str, *, whole: bool = True) -> list[str]:
+    """Names of the modules to compile, in the model's order; none inside of another.
+
+    ``whole``: all of the model is on this rank, so that every pattern has to match.
+    """
     names = [name for name, _ in model.named_modules() if name]
-    patterns = options.modules or _layers(model, key)
-    found = [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
-    for pattern in options.modules:
-        if not any(_matches(name, pattern) for name in names):
-            raise RecipeError(
-                Problem(
-                    f"the pattern '{pattern}' matches no module",
-                    key=f"{key}.modules",
-                    fix="write names as model.layers.* or model.layers.*.mlp; a * stands for one level",
-                )
-            )
-    for name in found:
-        outer = next((other for other in found if name.startswith(f"{other}.")), None)
-        if outer is not None:
-            raise RecipeError(
-                Problem(
-                    f"'{name}' is inside of '{outer}', and both are to be compiled",
-                    key=f"{key}.modules",
-                    fix="choose one of them",
-                )
-            )
-    return found
+    problems = tuple(naming.faults(names, options.modules, f"{key}.modules", whole=whole))
+    if problems:
+        raise RecipeError(problems)
+    return naming.chosen(names, options.modules or _layers(model, key))
 
 
 def _layers(model: Module, key: str) -> list[str]:
@@ -177,12 +156,6 @@ def _layers(model: Module, key: str) -> list[str]:
             )
         )
     return [f"{pipeline.layers}.*"]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Level by level: a ``*`` matches no dot."""
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _marks(module: Module) -> dict[str, Marks]:

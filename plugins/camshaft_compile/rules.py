@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from camshaft.claims import PlanContext
 from camshaft.errors import Problem
+from camshaft.models.names import module_names
+from camshaft.recipe.length import known_steps
+from camshaft_compile import naming
 
 if TYPE_CHECKING:
     from camshaft_compile import Options
@@ -23,6 +26,7 @@ SPLIT_BACKWARD = frozenset({"zb_h1", "zbv", "dualpipe_v"})
 def problems(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
     """Every fault that is known before anything runs; ``key`` is the plugin's place in the recipe."""
     yield from _of_options(options, context, key)
+    yield from _of_names(options, context, key)
     yield from _of_others(context, key)
     if options.backend == "inductor" and context.device != "any":
         missing = missing_tools(context.device)
@@ -77,6 +81,19 @@ def _microbatches(context: PlanContext) -> int:
 
 def _no_graphs(message: str, key: str) -> Problem:
     return Problem(message, key=f"{key}.cuda_graphs", fix=f"set {key}.cuda_graphs=false")
+
+
+def _of_names(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
+    """Backends and modules that there are not, a folder that is none, and a run that ends before it compiles."""
+    yield from naming.backend_faults(options.backend, context.plugins, key.rpartition(".")[2], f"{key}.backend")
+    if context.config is not None:
+        yield from naming.faults(module_names(context.config), options.modules, f"{key}.modules")
+    if options.cache_dir is not None and Path(options.cache_dir).exists() and not Path(options.cache_dir).is_dir():
+        yield Problem(f"{options.cache_dir} is no folder", key=f"{key}.cache_dir", fix="name a folder, or remove it")
+    if known_steps(context.recipe) == 1:
+        yield Problem(
+            "the run has one step, which is never compiled", key=key, fix=f"lengthen the run, or set {key}=null"
+        )
 
 
 def _of_others(context: PlanContext, key: str) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ counted in its first microbatch and told in the log and as metrics (``saved_gib`
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import camshaft
@@ -47,8 +47,18 @@ class Plugin(camshaft.Plugin):
         claims = () if self.options.mode == "none" else targets
         return camshaft.Plan(
             claims=tuple(camshaft.Claim("module.recompute", "", target) for target in claims),
-            problems=tuple(problems(self.options, self.name, context.plugins)),
+            problems=(*problems(self.options, self.name, context.plugins), *self._unknown(context)),
         )
+
+    def _unknown(self, context: camshaft.PlanContext) -> Iterator[camshaft.Problem]:
+        """What the options name and the built-in decoder lacks. Another model is looked at when it is built."""
+        from camshaft.models.names import module_names
+        from camshaft.models.stages import LLAMA
+        from camshaft_recompute.naming import faults
+
+        if self.options.mode != "none" and context.config is not None:
+            patterns = self.options.modules or [f"{LLAMA.layers}.*"]
+            yield from faults(module_names(context.config), patterns, self.options, f"plugins.{self.name}")
 
     @camshaft.hookimpl
     def activations(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -51,12 +51,16 @@ def chosen(
     names: Iterable[str], patterns: Sequence[str], every: int | None = None, layers: Sequence[int] | None = None
 ) -> list[str]:
     """Modules among ``names`` that are asked for, in their order; what is inside of a chosen one is part of it."""
-    found: list[str] = []
-    fitting = [name for name in names if any(matches(name, pattern) for pattern in patterns)]
-    for name in fitting:
-        if wanted(name, every, layers) and not any(inside(name, other) for other in found):
-            found.append(name)
-    return [name for name in found if not any(other != name and inside(name, other) for other in found)]
+    fitting = dict.fromkeys(
+        name for name in names if any(matches(name, pattern) for pattern in patterns) and wanted(name, every, layers)
+    )
+    return [name for name in fitting if not any(outer in fitting for outer in _around(name))]
+
+
+def _around(name: str) -> Iterator[str]:
+    """Names of the modules that ``name`` is inside of."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
 def inside(name: str, outer: str) -> bool:

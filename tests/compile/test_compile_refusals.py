@@ -2,17 +2,20 @@
 
 import os
 import sysconfig
+from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 import torch
 from compile_cases import TRACED, recipe, run
 from torch import nn
 
+from camshaft import host
 from camshaft.errors import RecipeError
+from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.recipe import check
 from camshaft.testing.ranks import RankFailed
-from camshaft_compile import Options, rules
+from camshaft_compile import Options, naming, rules
 from camshaft_compile.blocks import arguments, chosen
 
 
@@ -154,8 +157,6 @@ class Breaking(Plugin):
 
     @hookimpl
     def build_model(self, config, world):
-        from camshaft.models.llama import Llama
-
         model = Llama(config, world.ops)
         model.model.layers[0].mlp.register_forward_pre_hook(_break)
         return model
@@ -165,11 +166,70 @@ def _break(module, arguments):
     torch._dynamo.graph_break()
 
 
-def test_one_step_compiles_nothing(make_recipe):
-    with pytest.raises(RankFailed, match="the run has one step, which is never compiled"):
-        run(recipe(make_recipe, 1, TRACED, training={"max_steps": 1, "log_every": 1}), 1)
+@pytest.mark.parametrize("end", [{"max_steps": 1}, {"max_tokens": 8 * 32}])
+def test_one_step_compiles_nothing(make_recipe, end):
+    (found,) = problems(recipe(make_recipe, 1, TRACED, training={"log_every": 1, **end}))
+    assert "the run has one step, which is never compiled" in found and "plugins.compile=null" in found
+    assert problems(recipe(make_recipe, 1, TRACED, training={"max_tokens": 8 * 32 + 1})) == []
 
 
 def test_an_unknown_backend_is_refused_with_those_that_there_are(make_recipe):
-    with pytest.raises(RankFailed, match=r"no backend 'inductr'; there are: .*inductor"):
-        run(recipe(make_recipe, 1, {"backend": "inductr"}), 1)
+    (found,) = problems(recipe(make_recipe, 1, {"backend": "inductr"}))
+    assert "compile.backend" in found and "no backend 'inductr'; there are: aot_eager" in found and "Fix: set" in found
+    resolved = recipe(make_recipe, 1, {"backend": "tvm"})
+    (found,) = problems(resolved)
+    assert "needs the package tvm, which is not installed" in found
+
+
+def test_a_backend_that_another_package_may_register_is_looked_for_at_build(make_recipe, monkeypatch):
+    points = {**host.installed(), "odd": EntryPoint("odd", f"{__name__}:Late", host.GROUP)}
+    monkeypatch.setattr(host, "installed", lambda: points)
+    monkeypatch.setattr(naming, "installed", lambda: points)
+    resolved = recipe(make_recipe, 1, {"backend": "theirs"}, plugins={"odd": {}})
+    assert not any("backend" in each for each in problems(resolved))
+    with pytest.raises(RankFailed, match=r"no backend 'theirs'; there are: .*inductor"):
+        run(resolved, 1)
+
+
+class Builds(Plugin):
+    """Owns ``build_model``."""
+
+    @hookimpl
+    def build_model(self, config, world):
+        return Llama(config, world.ops)
+
+
+def test_the_backends_of_torch_are_those_that_it_lists():
+    tested = {name for name in torch.compiler.list_backends(exclude_tags=()) if name.endswith("_TESTING_ONLY")}
+    others = {point.name for point in entry_points(group=naming.GROUP)}
+    listed = set(torch.compiler.list_backends(exclude_tags=()))
+    assert listed - tested - others == naming.TORCHS_OWN - others
+
+
+NAMED = {
+    "modules.1": (["model.layers.*.mlp", "model.layer.*"], "the pattern 'model.layer.*' matches no module"),
+    "modules": (["model.layers.1", "model.layers.*.mlp"], "'model.layers.1.mlp' is inside of 'model.layers.1'"),
+}
+
+
+@pytest.mark.parametrize("key", NAMED)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_modules_of_the_built_in_decoder_are_looked_for_before_a_run(make_recipe, key, stages):
+    modules, message = NAMED[key]
+    sections = {"plugins": {"ddp": None, "pipeline": {}}, "parallel": {"pipeline_parallel": 2}} if stages > 1 else {}
+    resolved = recipe(make_recipe, stages, {**TRACED, "modules": modules}, **sections)
+    (found,) = check(resolved, stages, device="cpu").problems
+    assert found.key == f"plugins.compile.{key}" and message in found.message and found.line and found.fix
+    assert check(resolved, stages, device="cpu", observers={"builds": Builds()}).problems == ()
+
+
+def test_a_pattern_of_one_stage_is_no_fault_of_the_other(make_recipe):
+    options = {**TRACED, "modules": ["model.layers.0", "model.layers.2.mlp"]}
+    sections = {"plugins": {"ddp": None, "pipeline": {}}, "parallel": {"pipeline_parallel": 2}}
+    assert len(run(recipe(make_recipe, 2, options, **sections), 2)) == 4
+
+
+def test_a_cache_that_is_a_file(make_recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    (found,) = problems(recipe(make_recipe, 1, {"cache_dir": str(tmp_path / "file")}))
+    assert "is no folder" in found and "compile.cache_dir" in found

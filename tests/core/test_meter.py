@@ -9,9 +9,10 @@ import torch
 from camshaft import meter as module
 from camshaft.data.loader import evaluation_batches
 from camshaft.distributed import Environment
-from camshaft.loop import sample_limit, session, total_steps
+from camshaft.loop import session
 from camshaft.meter import Meter
 from camshaft.plugin import Plugin, hookimpl
+from camshaft.recipe.length import sample_limit, total_steps
 from camshaft.recipe.schema import Batch, Data, Recipe, Training
 from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import run_ranks

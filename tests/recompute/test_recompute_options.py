@@ -52,14 +52,36 @@ def test_layers_that_the_model_lacks(make_recipe):
         train(make_recipe, 1, {"mode": "full", "layers": [1, 4]}, kind=Llama)
 
 
+def test_a_divisor_that_no_layer_has(make_recipe):
+    with pytest.raises(RankFailed, match="'every' is 3, and none of the modules chosen is in a layer whose number"):
+        train(make_recipe, 1, {"mode": "full", "every": 3, "modules": ["model.norm"]}, kind=Llama)
+
+
+LACKS = {
+    "modules.1": {"modules": ["model.layers.*", "model.layer.*.mlp"]},
+    "layers.0": {"layers": [4, 1]},
+    "every": {"every": 2, "layers": [1, 3]},
+}
+
+
+@pytest.mark.parametrize("key", LACKS)
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_the_built_in_decoder_lacks_is_told_before_a_run(make_recipe, key, stages):
+    plugins = {"ddp": None, "pipeline": {"schedule": "1f1b"}} if stages > 1 else {}
+    options = {"mode": "full", **LACKS[key]}
+    resolved = recipe(make_recipe, stages, options, plugins=plugins, parallel={"pipeline_parallel": stages})
+    (problem,) = check(resolved, stages, device="cpu").problems
+    assert problem.key == f"plugins.recompute.{key}" and problem.line and problem.fix
+    assert check(resolved, stages, device="cpu", observers={"builds": Builds(Llama)}).problems == ()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"mode": "full", "modules": ["model.layers.*.self_attn.q_proj"]}, "nothing is saved"),
-        ({"mode": "full", "every": 3, "modules": ["model.norm"]}, "no module of the model is one of those"),
         ({"mode": "offload", "offload_from_kib": 4096.0}, "lower plugins.recompute.offload_from_kib"),
     ],
-    ids=["nothing to let go of", "no layer", "all small"],
+    ids=["nothing to let go of", "all small"],
 )
 def test_a_run_in_which_nothing_is_saved_stops(make_recipe, options, said):
     with pytest.raises(RankFailed, match=f"(?s)plugins.recompute: did nothing by the end of step 1.*{said}"):

@@ -186,9 +186,32 @@ def test_a_sum_that_changes_numbers_by_design_is_left_out_with_its_axis(tmp_path
     assert says(report.not_covered, "axis dp of 2 ranks", "nothing that is compared works along it")
 
 
-def test_layers_that_a_plugin_names_are_there(tmp_path):
-    plugins = {**ADAMW, "recompute": {"mode": "full", "layers": [4]}, **TRAINING}
-    resolved = recipe(tmp_path, "kernels", plugins=plugins)
+class NamesLayer(Plugin):
+    """Works on one layer, and tells only when it is built that there is none of that number."""
+
+    layer = 4
+
+    @hookimpl
+    def plan(self):
+        return Plan(claims=(Claim("module.recompute", "", "model.layers.*.no_module"),))
+
+    @hookimpl
+    def recompute(self, model):
+        self._found = self.layer < model.config.num_hidden_layers
+
+    @hookimpl
+    def inert(self):
+        return None if self._found else f"there is no layer {self.layer}"
+
+
+@pytest.fixture
+def names_layer(monkeypatch):
+    points = {**host.installed(), "names_layer": EntryPoint("names_layer", f"{__name__}:NamesLayer", host.GROUP)}
+    monkeypatch.setattr(host, "installed", lambda: points)
+
+
+def test_layers_that_a_plugin_names_are_there(tmp_path, names_layer):
+    resolved = recipe(tmp_path, "kernels", plugins={**ADAMW, "names_layer": {}, **TRAINING})
     assert small(resolved, tmp_path)[0].tree["model"]["num_hidden_layers"] < 5
     report = verify(resolved)
     assert report.green, str(report.finding)
@@ -196,10 +219,15 @@ def test_layers_that_a_plugin_names_are_there(tmp_path):
     assert certificate.valid_for(report.shrunk) == certificate.valid_for(small(resolved, tmp_path)[0])
 
 
-def test_a_plugin_that_does_nothing_at_any_depth_is_blamed(tmp_path):
-    plugins = {**ADAMW, "recompute": {"mode": "full", "layers": [9]}, **TRAINING}
-    report = verify(recipe(tmp_path, "kernels", plugins=plugins))
-    assert report.finding is not None and report.finding.plugins == ("recompute",), str(report.finding)
+def test_layers_that_are_known_to_be_needed_are_there_at_once(tmp_path):
+    plugins = {**ADAMW, "recompute": {"mode": "full", "layers": [4]}, **TRAINING}
+    assert small(recipe(tmp_path, "kernels", plugins=plugins), tmp_path)[0].tree["model"]["num_hidden_layers"] == 5
+
+
+def test_a_plugin_that_does_nothing_at_any_depth_is_blamed(tmp_path, names_layer, monkeypatch):
+    monkeypatch.setattr(NamesLayer, "layer", 9)
+    report = verify(recipe(tmp_path, "kernels", plugins={**ADAMW, "names_layer": {}, **TRAINING}))
+    assert report.finding is not None and report.finding.plugins == ("names_layer",), str(report.finding)
 
 
 def test_who_is_not_looked_for_is_not_the_core():

@@ -11,6 +11,7 @@ from camshaft import claims, halving, host
 from camshaft.claims import Plan, PlanContext
 from camshaft.errors import PluginError, Problem, RecipeError
 from camshaft.mesh import MeshShape, stated_data_parallel
+from camshaft.plugin import Plugin
 from camshaft.recipe.schema import Recipe
 from camshaft.state import BatchPlan
 
@@ -54,12 +55,14 @@ def check(
     device: str = "any",
     *,
     sound: frozenset[str] = EVERY_SECTION,
+    observers: Mapping[str, Plugin] | None = None,
 ) -> Checked:
     """Every check that needs neither torch nor a process group.
 
     Without ``world_size`` the recipe's ``launch.processes`` counts; when that is ``auto`` too, nothing that depends on
     the number of processes is checked. ``sound`` names the sections whose values can be believed; a check that needs
-    another one is left out.
+    another one is left out. ``observers``: plugins that will be beside the recipe's own; they are asked nothing, but
+    may build the model.
     """
     run = _Run(resolved, sound)
     processes = world_size or _processes(resolved.recipe)
@@ -69,7 +72,7 @@ def check(
     run.need({"training", "data"}, lambda: run.problems.extend(_evaluation(resolved.recipe)))
     run.need({"model"}, run.set_model)
     run.need({"tokenizer", "data"}, run.check_data)
-    run.set_plugins(device)
+    run.set_plugins(device, observers or {})
     unique = dict.fromkeys(resolved.placed(problem) for problem in run.problems)
     run.checked.problems = tuple(unique)
     return run.checked
@@ -132,7 +135,7 @@ class _Run:
 
         self.problems += data.check(self.resolved)
 
-    def set_plugins(self, device: str) -> None:
+    def set_plugins(self, device: str, observers: Mapping[str, Plugin]) -> None:
         """Slots, plans and claims. While sections are faulty, only what their plugins' classes say can be judged."""
         whole = "plugins" in self.sound
         plugins = host.Host.of(self.recipe.plugins)
@@ -141,7 +144,8 @@ class _Run:
         self.problems += [problem for problem in slots if whole or problem.key != "plugins"]
         if self.checked.mesh is None or not whole or not self.sound >= EVERY_SECTION - {"name", "schema_version"}:
             return
-        context = PlanContext(self.recipe, self.checked.mesh, tuple(self.recipe.plugins), device)
+        config = self.checked.config if _builds_decoder({**plugins.plugins, **observers}) else None
+        context = PlanContext(self.recipe, self.checked.mesh, tuple(self.recipe.plugins), device, config)
         self.checked.context = context
         for name, plan in plugins.implementations("plan"):
             with self.collect():
@@ -149,6 +153,17 @@ class _Run:
         self.problems += claims.check(self.checked.plans, self.checked.mesh, self.checked.owners)
         if self.recipe.batch.on_out_of_memory == "halve":
             self.problems += halving.problems(self.checked.plans, self.checked.owners, context)
+
+
+def _builds_decoder(plugins: Mapping[str, Plugin]) -> bool:
+    """Whether the model will be the built-in decoder of the recipe's sizes.
+
+    A plugin that offers kernels puts them in where the architecture is rewritten, and leaves that as it is.
+    """
+    return not any(
+        hasattr(each, "build_model") or (hasattr(each, "rewrite") and not hasattr(each, "kernels"))
+        for each in plugins.values()
+    )
 
 
 def _a_plan(name: str, found: object) -> Plan:

@@ -15,10 +15,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from camshaft.data.loader import Loader
-from camshaft.loop import sample_limit, total_steps
 from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
 from camshaft.recipe import check
+from camshaft.recipe.length import sample_limit, total_steps
 from camshaft.state import BatchPlan
 from camshaft.testing.record import StepRecord
 
