@@ -5,6 +5,9 @@ On CUDA both ways go over a stream of their own, from and to page-locked memory,
 each storage: up to twice the bytes. Each storage goes once, however many tensors see it. Parameters, what is small, and
 inputs that need no gradient (which all layers share) stay where they are. On a CPU the way is a copy each time, in the
 same order, so that everything but the streams runs there too.
+
+Whoever writes into a saved tensor while it leaves may be faster than the copy. Backward refuses it then, as autograd
+does without hooks, and so it refuses what was written into and stayed.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.nn import Module
 
 from camshaft_recompute.tally import Seen, Tally
 from camshaft_recompute.trees import address, tensors
+from camshaft_recompute.versions import Version
 
 Place = tuple[int, int]
 """(stage, microbatch)."""
@@ -96,16 +100,17 @@ class Parcel:
 
 
 class Ticket:
-    """Stands for one saved tensor."""
+    """Stands for one saved tensor, which has left."""
 
-    __slots__ = ("_load", "_parcel", "_view")
+    __slots__ = ("_load", "_parcel", "_version", "_view")
 
-    def __init__(self, load: Load, parcel: Parcel, tensor: Tensor) -> None:
-        self._load, self._parcel = load, parcel
+    def __init__(self, load: Load, parcel: Parcel, tensor: Tensor, version: Version) -> None:
+        self._load, self._parcel, self._version = load, parcel, version
         self._view = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def open(self) -> Tensor:
         """The tensor as it was, with its strides; beside it the module before is sent for."""
+        self._version.check(self._load.name)
         self._load.fetch()
         dtype, shape, stride, offset = self._view
         flat = self._parcel.open()
@@ -113,10 +118,27 @@ class Ticket:
         return made.set_(flat.untyped_storage(), offset, shape, stride)
 
 
-class Load:
-    """All that one call of a module sent away."""
+class Stay:
+    """Stands for one saved tensor, which is where it was."""
 
-    def __init__(self, before: Load | None) -> None:
+    __slots__ = ("_name", "_tensor", "_version")
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        # Not what an operation made: autograd would hold its own graph in it, which no garbage collector ends.
+        self._name, self._tensor = name, tensor if tensor.is_leaf else tensor.detach()
+        self._version = Version(self._tensor)
+
+    def open(self) -> Tensor:
+        """The tensor."""
+        self._version.check(self._name)
+        return self._tensor
+
+
+class Load:
+    """All that one call of module ``name`` sent away."""
+
+    def __init__(self, name: str, before: Load | None) -> None:
+        self.name = name
         self.parcels: list[Parcel] = []
         self._before, self._asked = before, False
 
@@ -142,7 +164,9 @@ class Hold:
     def __init__(self, load: Load, lane: Lane, stays: Iterable[Tensor], least: int, device: torch.device) -> None:
         self._load, self._lane, self._least, self._device = load, lane, least, device
         self._stays = {address(each) for each in stays}
-        self._parcels: dict[tuple[int, int], Parcel] = {}
+        self._parcels: dict[int, tuple[Parcel, Version]] = {}
+        self.bytes = 0
+        """Bytes that have left."""
         self._alive: list[Tensor] = []
         """Until the forward is over: an address means one storage only while that lives."""
 
@@ -156,29 +180,24 @@ class Hold:
         self._alive, self._stays = [], set()
         self._parcels = {}
 
-    @property
-    def bytes(self) -> int:
-        """Bytes that have left."""
-        return sum(parcel.size for parcel in self._parcels.values())
-
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack(self, tensor: Tensor) -> Ticket | Stay:
         place = address(tensor)
         whole = tensor.untyped_storage()
         used = tensor.numel() * tensor.element_size()
         apart = tensor.device != self._device or tensor.layout != torch.strided
         if apart or place in self._stays or whole.nbytes() < self._least or 2 * used < whole.nbytes():
-            # Not what an operation made: autograd would hold its own graph in it, which no garbage collector ends.
-            return tensor if tensor.is_leaf else tensor.detach()
-        key = place, tensor._version  # what was written into since is another parcel
-        if key not in self._parcels:
-            self._parcels[key] = Parcel(whole, tensor.device, self._lane)
-            self._load.parcels.append(self._parcels[key])
+            return Stay(self._load.name, tensor)
+        known, version = self._parcels.get(place), Version(tensor).let_go()
+        if known is None or not known[1].current:  # what was written into since is another parcel
+            known = self._parcels[place] = Parcel(whole, tensor.device, self._lane), version
+            self._load.parcels.append(known[0])
+            self.bytes += known[0].size
             self._alive.append(tensor)
-        return Ticket(self._load, self._parcels[key], tensor)
+        return Ticket(self._load, known[0], tensor, version)
 
 
-def _unpack(packed: Any) -> Tensor:
-    return packed.open() if isinstance(packed, Ticket) else packed
+def _unpack(packed: Ticket | Stay) -> Tensor:
+    return packed.open()
 
 
 class Offloaded:
@@ -208,7 +227,7 @@ class Offloaded:
             return self.inner(*arguments, **named)
         shared = [each for each in tensors([arguments, named]) if not each.requires_grad]
         stays = (*self.module.parameters(), *self.module.buffers(), *shared)
-        hold = Hold(self._line.next(), self._line.lane, stays, self._least, self._device)
+        hold = Hold(self._line.next(self.name), self._line.lane, stays, self._least, self._device)
         with hold:
             made = self.inner(*arguments, **named)
             if self._tally.counts:
@@ -228,10 +247,10 @@ class Line:
         self.lane, self._place = Lane(device), place
         self._last: tuple[Place, Load] | None = None
 
-    def next(self) -> Load:
-        """For the call that begins."""
+    def next(self, name: str) -> Load:
+        """For the call of module ``name`` that begins."""
         place = self._place()
         before = self._last[1] if self._last is not None and self._last[0] == place else None
-        load = Load(before)
+        load = Load(name, before)
         self._last = place, load
         return load

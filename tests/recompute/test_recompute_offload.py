@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 from recompute_modules import CPU, assert_equal, build, run
 from torch import nn
@@ -117,6 +118,104 @@ def test_a_graph_that_is_given_up_leaves_nothing():
         assert len(held) == 2 and all(each.expired() for each in held)
     finally:
         gc.enable()
+
+
+class Writes(nn.Module):
+    """Saves what a sigmoid made, and then writes into it as ``write`` does."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
+    def forward(self, hidden):
+        made = torch.sigmoid(hidden * 2.0)
+        self.write(made)
+        return made.sum() * 1.0
+
+
+WRITES = {
+    "all of it": lambda made: made.detach().mul_(2),
+    "a view of it": lambda made: made.detach()[1:, :2].zero_(),
+    "another's name for it": lambda made: made.detach().view(-1).narrow(0, 3, 2).add_(1),
+}
+
+
+@pytest.mark.parametrize("least", [0, 2**30], ids=["left", "stayed"])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_was_written_in_place_since_is_refused_as_without_it(write, least):
+    """The copy may be on its way while it is written: backward must say so, and not take whichever came first."""
+    for away in (False, True):
+        net = Writes(WRITES[write])
+        if away:
+            offloaded(net, least)
+        loss = net(torch.randn(6, 5, requires_grad=True))
+        with pytest.raises(
+            RuntimeError, match=r"modified by an inplace operation: \[torch.FloatTensor \[6, 5\]\]"
+        ) as said:
+            loss.backward()
+        assert "at version 1; expected version 0 instead" in str(said.value)
+        assert ("module 'net'" in str(said.value)) == away
+
+
+def test_what_was_written_in_place_behind_the_module_is_refused():
+    net = Writes(lambda made: held.append(made.detach()))
+    held = []
+    offloaded(net)
+    loss = net(torch.randn(6, 5, requires_grad=True))
+    held[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_autograd_allows_is_right():
+    """Written before it is saved, saved again after it was written, and a second backward."""
+
+    class Allowed(nn.Module):
+        def forward(self, hidden):
+            made = (hidden * 2.0).clone()
+            made.mul_(3)
+            first = made.sigmoid()
+            made.add_(1)  # nobody has saved it
+            one, other = torch.unsafe_chunk(made, 2)  # counters of their own, on one memory
+            second = one.exp() * other.sigmoid()
+            return first.sum() + second.sum() + made.detach().relu_().sum()
+
+    found = []
+    for away in (False, True):
+        net = Allowed()
+        if away:
+            offloaded(net)
+        torch.manual_seed(4)
+        hidden = torch.randn(6, 5, requires_grad=True)
+        loss = net(hidden)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found)
+
+
+def test_memory_that_was_written_by_another_name_is_sent_again():
+    """Chunks have counters of their own: what the whole was when it left is not what they are now."""
+
+    class Again(nn.Module):
+        def forward(self, hidden):
+            made = (hidden * 1.0).clone()
+            part, _ = torch.unsafe_chunk(made, 2)
+            held.append(made.sin())  # saved, and never asked for
+            with torch.no_grad():
+                made.mul_(2)
+            return (part * part).sum()
+
+    found, held = [], []
+    for away in (False, True):
+        net = Again()
+        if away:
+            offloaded(net)
+        torch.manual_seed(4)
+        hidden = torch.randn(6, 5, requires_grad=True)
+        net(hidden).backward()
+        found.append(hidden.grad)
+    assert torch.equal(*found)
 
 
 class Recorded:
