@@ -1,10 +1,11 @@
 """Messages between stages of different ranks: their shapes are agreed once, receives are posted ahead.
 
-A program says where a receive has its place at the latest. On a CPU each link (the messages of one peer) has up to
-``AHEAD`` receives posted that the program has not come to yet: the wire works while this rank computes. On a device,
-whose queue of messages is strictly in order, they start where the program says, neighbours together. Sent tensors are
-kept until they are gone; at most ``KEPT`` of them a link, where the order of the program is one in which every send may
-wait for its receive (those of ``camshaft_pipeline.transfers``).
+A program says where a transfer has its place at the latest. On a CPU each link (the messages of one peer) has up to
+``AHEAD`` receives posted that the program has not come to yet, posted while this rank waits anyway, and a message
+leaves as soon as it is made and all before it on its link have left: the wire works while this rank computes. On a
+device, whose queue of messages is strictly in order, they start where the program says, neighbours together. Sent
+tensors are kept until they are gone; at most ``KEPT`` of them a link, waited for where the program sends, because its
+order is one in which every send may wait for its receive (those of ``camshaft_pipeline.transfers``).
 """
 
 from __future__ import annotations
@@ -64,15 +65,22 @@ class Line:
         self._sent: dict[int, deque[tuple[Pending, Tensor]]] = {}
 
     def send(self, tensor: Tensor, peer: int) -> None:
-        """Start to send ``tensor``, which must not change any more."""
+        """Start to send ``tensor``, which must not change any more, and wait for the oldest if it is one too many."""
         self.note(self.channel.send(tensor, peer, HOOK), tensor, peer)
+        self.drain(peer)
 
     def note(self, pending: Pending, tensor: Tensor, peer: int) -> None:
         """Keep ``tensor`` until it is gone."""
-        sent = self._sent.setdefault(peer, deque())
-        sent.append((pending, tensor))
-        while self._kept is not None and len(sent) > self._kept:
-            sent.popleft()[0].wait()
+        self._sent.setdefault(peer, deque()).append((pending, tensor))
+
+    def full(self, peer: int) -> bool:
+        """Whether more is under way to ``peer`` than may be."""
+        return self._kept is not None and len(self._sent.get(peer, ())) > self._kept
+
+    def drain(self, peer: int) -> None:
+        """Wait until no more is under way to ``peer`` than may be."""
+        while self.full(peer):
+            self._sent[peer].popleft()[0].wait()
 
     def settle(self) -> None:
         """Wait until everything is gone."""
@@ -98,13 +106,19 @@ class Transport:
         self._schedule, self._place, self.line = schedule, place, line
         program = schedule.programs[place]
         self._receives: dict[int, list[Action]] = {}
+        self._sends: dict[int, list[Action]] = {}
         for action in program:
-            if action.kind in (Kind.RECV_F, Kind.RECV_B):
-                self._receives.setdefault(schedule.peer(place, action), []).append(action)
+            if action.kind in TRANSFERS:
+                table = self._sends if action.kind in (Kind.SEND_F, Kind.SEND_B) else self._receives
+                table.setdefault(schedule.peer(place, action), []).append(action)
         self._ahead = line.device.type == "cpu"
         self._runs = _runs(program, together=not self._ahead)
         self._posted: dict[int, int] = {}
         self._reached: dict[int, int] = {}
+        self._left: dict[int, int] = {}
+        """Of each link's sends, how many have left."""
+        self._stale: set[int] = set()
+        """Links with room for further receives."""
         self._coming: dict[Action, tuple[Pending, Tensor]] = {}
         self._outbox: dict[Action, Tensor | None] = {}
         self._told: set[int] = set()
@@ -117,19 +131,26 @@ class Transport:
         """Post the first receives of each link."""
         self._posted = dict.fromkeys(self._receives, 0)
         self._reached = dict.fromkeys(self._receives, 0)
+        self._left = dict.fromkeys(self._sends, 0)
         if self._ahead:
-            for peer in self._receives:
-                self._post(peer, AHEAD)
+            self._stale.update(self._receives)
+            self._post_ahead()
 
     def put(self, action: Action, tensor: Tensor | None) -> None:
         """``tensor`` is what ``action``, a send, will send; None where nobody wants it."""
         self._outbox[action] = tensor
+        if self._ahead:
+            peer = self._schedule.peer(self._place, action)
+            sends = self._sends[peer]
+            while self._left[peer] < len(sends) and sends[self._left[peer]] in self._outbox:
+                self._leave(sends[self._left[peer]], peer)
 
     def take(self, action: Action) -> Tensor | None:
         """Wait for what ``action``, a receive, brings; None where nothing was sent."""
         if action not in self._coming:
             return None
         pending, tensor = self._coming.pop(action)
+        self._post_ahead()
         pending.wait()
         return tensor
 
@@ -163,20 +184,38 @@ class Transport:
         return tensor
 
     def _send(self, action: Action) -> None:
-        tensor = self._outbox.pop(action)
         peer = self._schedule.peer(self._place, action)
+        if action in self._outbox:  # else it has left already
+            self._leave(action, peer)
+        if self.line.full(peer):
+            self._post_ahead()
+            self.line.drain(peer)
+
+    def _leave(self, action: Action, peer: int) -> None:
+        tensor = self._outbox.pop(action)
+        self._left[peer] += 1
         if action.kind is Kind.SEND_F and action.stage not in self._told:
             self._told.add(action.stage)
-            self.line.tell(self.forms[action.stage], peer)
+            self._start(self.forms[action.stage].pack(self.line.device), peer)
         if tensor is not None:
-            self.line.send(tensor, peer)
+            self._start(tensor, peer)
+
+    def _start(self, tensor: Tensor, peer: int) -> None:
+        self.line.note(self.line.channel.send(tensor, peer, HOOK), tensor, peer)
 
     def _receive(self, action: Action) -> None:
         peer = self._schedule.peer(self._place, action)
         if self._form(action) is None:
             self.forms[action.stage - 1] = self.line.ask(peer)
         self._reached[peer] += 1
-        self._post(peer, self._reached[peer] + (AHEAD if self._ahead else 0))
+        self._post(peer, self._reached[peer])
+        if self._ahead:
+            self._stale.add(peer)
+
+    def _post_ahead(self) -> None:
+        for peer in self._stale:
+            self._post(peer, self._reached[peer] + AHEAD)
+        self._stale.clear()
 
     def _post(self, peer: int, count: int) -> None:
         """Post the first ``count`` receives of the window's link, as far as their forms are known."""
@@ -204,6 +243,7 @@ class Transport:
         ):
             if message.away:
                 self.line.note(pending, message.tensor, message.peer)
+                self.line.drain(message.peer)
             else:
                 self._coming[action] = pending, message.tensor
 

@@ -128,3 +128,57 @@ class Bytes(runs.Plugin):
     def post_step(self, state):
         if state.step == 3:
             assert self.sent == 3 * 8 * 32 * 16 * 8, self.sent
+
+
+class Wire:
+    """A channel that notes what was started, and whose messages are over when they are waited for."""
+
+    def __init__(self):
+        self.sent, self.asked, self.waited = {}, {}, 0
+
+    def send(self, tensor, peer, hook):
+        self.sent.setdefault(peer, []).append(tensor)
+        return self
+
+    def recv(self, tensor, peer, hook):
+        self.asked[peer] = self.asked.get(peer, 0) + 1
+        return self
+
+    def wait(self):
+        self.waited += 1
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe_v"])
+@pytest.mark.parametrize("place", range(4))
+def test_messages_leave_when_made_and_receives_are_posted_while_waiting(schedule, place):
+    """In the program's order on each link, never later than there; receives never more than a few ahead of it."""
+    made, wire = make(schedule, 4, 8), Wire()
+    moves = transport.Transport(made, place, transport.Line(wire, torch.device("cpu"), kept=4))
+    moves.forms = dict.fromkeys(range(len(made.placement)), Form((1,), torch.float32, True))
+    moves._told = set(moves.forms)
+    moves.start_window()
+    sends = {Kind.F: Kind.SEND_F, Kind.B: Kind.SEND_B, Kind.I: Kind.SEND_B}
+    contents, sent, reached = {}, {}, {}
+    for action in made.programs[place]:
+        kind = sends.get(action.kind)
+        if kind is not None and (send := Action(kind, *action[1:])) in made.programs[place]:
+            contents[send] = torch.tensor([float(len(contents))])
+            moves.put(send, contents[send])
+            peer = made.peer(place, send)
+            link = [each for each in made.programs[place] if each in moves._sends[peer]]
+            in_turn = all(each in contents for each in link[: link.index(send)])
+            assert any(each is contents[send] for each in wire.sent.get(peer, ())) == in_turn
+        elif action.kind in (Kind.SEND_F, Kind.SEND_B):
+            moves.run(action)
+            peer = made.peer(place, action)
+            sent.setdefault(peer, []).append(action)
+            assert len(wire.sent[peer]) >= len(sent[peer]) and len(moves.line._sent[peer]) <= 4
+        elif action.kind in (Kind.RECV_F, Kind.RECV_B):
+            moves.run(action)
+            peer = made.peer(place, action)
+            reached[peer] = reached.get(peer, 0) + 1
+            assert reached[peer] <= wire.asked[peer] <= reached[peer] + transport.AHEAD
+            moves.take(action)
+            assert wire.asked[peer] == min(reached[peer] + transport.AHEAD, len(moves._receives[peer]))
+    for peer, actions in sent.items():
+        assert all(left is contents[action] for left, action in zip(wire.sent[peer], actions, strict=True))
