@@ -80,9 +80,16 @@ class Plugin(camshaft.Plugin):
     def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
         """Newton-Schulz needs whole matrices."""
         from camshaft_muon.memory import moments
+        from camshaft_muon.naming import faults
 
-        usual = self.options.exclude == Options.model_fields["exclude"].default
-        return camshaft.Plan(requires=("whole_parameters",), moments=moments(context.recipe) if usual else None)
+        exclude, config = self.options.exclude, context.config
+        usual = exclude == Options.model_fields["exclude"].default
+        explicit = "exclude" in self.options.model_fields_set
+        return camshaft.Plan(
+            requires=("whole_parameters",),
+            moments=moments(context.recipe) if usual else None,
+            problems=tuple(faults(config, exclude, f"plugins.{self.name}.exclude")) if config and explicit else (),
+        )
 
     @camshaft.hookimpl
     def optimizer(self, world: World, model: Module) -> Optimizer:
@@ -92,12 +99,12 @@ class Plugin(camshaft.Plugin):
             RecipeError: there is no hidden matrix, or an explicit pattern of ``exclude`` matches nothing.
         """
         from camshaft_muon.choice import candidates
+        from camshaft_muon.naming import nothing_left
         from camshaft_muon.optimizer import Muon
 
         options, key = self.options, f"plugins.{self.name}.exclude"
         names = candidates(world, model, options.exclude, "exclude" in options.model_fields_set, key)
         optimizer = Muon(world, names, options)
         if not optimizer.hidden and world.mesh.degree("pp") == 1:  # the others may have some
-            fix = "exclude less, or take another optimizer"
-            raise camshaft.RecipeError(camshaft.Problem("no hidden matrix is left that trains", key=key, fix=fix))
+            raise camshaft.RecipeError(nothing_left(key))
         return optimizer

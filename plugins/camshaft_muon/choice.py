@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch.nn import Module
 
-from camshaft.errors import Problem, RecipeError
+from camshaft.errors import RecipeError
 from camshaft.parts import Parts
 from camshaft.state import World
+from camshaft_muon.naming import idle
 
 
 def candidates(world: World, model: Module, exclude: Sequence[str], explicit: bool, key: str) -> frozenset[str]:
@@ -24,10 +25,9 @@ def candidates(world: World, model: Module, exclude: Sequence[str], explicit: bo
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if explicit:
         every = _of_all_stages(world, every)
-    idle = [pattern for pattern in exclude if not any(fnmatchcase(name, pattern) for name in every)]
-    if explicit and idle:
-        fix = f"remove it, or correct it; '{every[-1]}' is one of the names"
-        raise RecipeError(Problem(f"'{idle[0]}' matches no parameter of the model", key=key, fix=fix))
+    problems = tuple(idle(every, exclude, key)) if explicit else ()
+    if problems:
+        raise RecipeError(problems)
     return frozenset(
         name
         for name, role in world.roles.items()

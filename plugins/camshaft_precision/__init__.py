@@ -104,6 +104,10 @@ class Plugin(camshaft.Plugin):
         faults = list(rules.problems(self.options, key))
         if not (self._anywhere and context.device == "cpu"):
             faults += rules.device_problems(self.options, context, key)
+        if self.options.compute == "fp8" and context.config is not None:
+            from camshaft_precision import choice
+
+            faults += choice.faults(context.config, self.options.fp8.keep, key)
         device = "cpu" if context.recipe.launch.device == "cpu" else context.device
         return camshaft.Plan(problems=tuple(faults), widths=rules.widths(self.options, device))
 

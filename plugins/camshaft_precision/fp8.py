@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from camshaft.errors import Problem, RecipeError
+from camshaft_precision import choice
 from camshaft_precision.delayed import Ring
 from camshaft_precision.linear import forward_of
-from camshaft_precision.scaled import MULTIPLE
 
 if TYPE_CHECKING:
     from camshaft.state import World
@@ -67,20 +66,12 @@ class Layers:
         if "forward" in vars(module) or type(module).forward is not nn.Linear.forward:
             raise self._refusal(name, "is computed by a forward of its own (of its class, or of another plugin)")
         rows, columns = module.weight.shape
-        if rows % MULTIPLE or columns % MULTIPLE:
-            raise self._refusal(
-                name, f"has {columns} inputs and {rows} outputs on this rank, and fp8 needs multiples of {MULTIPLE}"
-            )
+        if rows % choice.MULTIPLE or columns % choice.MULTIPLE:
+            sizes = f"{columns} inputs and {rows} outputs"
+            raise self._refusal(name, f"has {sizes} on this rank, and fp8 needs multiples of {choice.MULTIPLE}")
 
     def _refusal(self, name: str, reason: str) -> RecipeError:
-        return RecipeError(
-            Problem(
-                f"'{name}' {reason}",
-                key=f"{self._key}.fp8.keep",
-                fix=f"keep it out of fp8, with a pattern in {self._key}.fp8.keep (which replaces the default), or set "
-                f"{self._key}.compute=bf16",
-            )
-        )
+        return RecipeError(choice.unusable(name, reason, self._key))
 
     def close(self) -> None:
         """Give the layers their own forwards back."""
@@ -96,34 +87,23 @@ def choose(options: Fp8, model: nn.Module, key: str) -> dict[str, nn.Linear]:
         RecipeError: a pattern that keeps nothing out, or nothing is left.
     """
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    whole = not getattr(model, "spans", {})  # a stage of a pipeline may well have none of them
     if options.keep is None:
-        first, last, prefix = _ends(model, key)
-        found = {
-            name: module
-            for name, module in every.items()
-            if name.startswith(prefix) and int(name[len(prefix) :].split(".")[0]) not in (first, last)
-        }
-        whole = last - first < 2
+        layers, count = _layers(model, key)
+        found, none_left = choice.inner(tuple(every), layers, count), count < 3
     else:
-        found = {
-            name: module
-            for name, module in every.items()
-            if not any(fnmatchcase(name, pattern) for pattern in options.keep)
-        }
-        whole = not found and not getattr(model, "spans", {})
-    if whole:
-        raise RecipeError(
-            Problem(
-                f"no linear layer is left for fp8, of {len(every)}",
-                key=f"{key}.fp8.keep",
-                fix=f"name fewer of them in {key}.fp8.keep, for example ['lm_head'], or set {key}.compute=bf16",
-            )
-        )
-    return found
+        idle = tuple(choice.idle(tuple(every), options.keep, key)) if whole else ()
+        if idle:
+            raise RecipeError(idle)
+        found = choice.without(tuple(every), options.keep)
+        none_left = whole and not found
+    if none_left:
+        raise RecipeError(choice.nothing_left(len(every), key))
+    return {name: every[name] for name in found}
 
 
-def _ends(model: Any, key: str) -> tuple[int, int, str]:
-    """Numbers of the first and the last layer of the whole model, and what their names start with."""
+def _layers(model: Any, key: str) -> tuple[str, int]:
+    """What holds the layers, and how many the whole model has."""
     pipeline = getattr(model, "pipeline", None)
     if pipeline is None:
         raise RecipeError(
@@ -136,4 +116,4 @@ def _ends(model: Any, key: str) -> tuple[int, int, str]:
         )
     spans = getattr(model, "spans", {})
     count = next(iter(spans.values())).of if spans else len(model.get_submodule(pipeline.layers))
-    return 0, count - 1, f"{pipeline.layers}."
+    return pipeline.layers, count

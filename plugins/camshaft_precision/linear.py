@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from camshaft_precision.scaled import E4M3, E5M2, MULTIPLE, Rounded, amax, product, quantise, round_to, scale_of
+from camshaft_precision.choice import MULTIPLE
+from camshaft_precision.scaled import E4M3, E5M2, Rounded, amax, product, quantise, round_to, scale_of
 
 if TYPE_CHECKING:
     from camshaft_precision.delayed import Meter

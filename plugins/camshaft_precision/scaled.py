@@ -19,10 +19,6 @@ LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 LEAST = 2.0**-100
 """Amax of a tensor of zeros, so that its scale and the inverse of it are ordinary fp32 numbers."""
 
-MULTIPLE = 16
-"""Of elements: what the kernels need of the two sizes of the second matrix (documentation of ``scaled_mm``: its
-strides are multiples of 16 bytes)."""
-
 _CPU_KERNEL = torch.__version__ >= "2.13"
 """Whether ``scaled_mm`` runs on a CPU, where tests alone use it."""
 

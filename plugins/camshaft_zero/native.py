@@ -11,10 +11,11 @@ from camshaft.errors import Problem, RecipeError
 from camshaft.models.init import materialize
 from camshaft.parts import Part
 from camshaft.stages import Stages, stages_of
+from camshaft_zero import naming
 from camshaft_zero.costs import summed_each
 from camshaft_zero.gatherer import Gatherer
 from camshaft_zero.grid import Grid
-from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, matches, piece, settle_nesting
+from camshaft_zero.grouping import Group, Item, buckets, by_module, holders, piece, settle_nesting
 from camshaft_zero.provider import Storage
 from camshaft_zero.publisher import Publisher
 from camshaft_zero.reducer import Reducer
@@ -62,7 +63,8 @@ class Native(Storage):
         if self.divided:
             lists = [name for name, module in model.named_modules() if isinstance(module, ModuleList)]
             least = int(options.unit_size_mb * 2**20 / size)
-            self._check_patterns(model)
+            if not world.stages:  # a rank of a pipeline has some of the model's modules
+                self._check_patterns(model)
             for sets in (trained, frozen):
                 made = [
                     (each, own) for own, items in sets.items() for each in by_module(items, lists, options.units, least)
@@ -89,28 +91,16 @@ class Native(Storage):
             modules = list(dict.fromkeys(piece(name, self._world.pieces) for name in group.modules))
             if self.divided and modules != group.modules:
                 inner = next(name for name in group.modules if name not in modules)
-                raise RecipeError(
-                    Problem(
-                        f"'{inner}' is a unit inside of '{piece(inner, self._world.pieces)}', which runs as one "
-                        "(compiled) piece: nothing can be gathered in the middle of it",
-                        key=f"plugins.{self._plugin}.units",
-                        fix="choose whole layers as units, or compile smaller modules",
-                    )
-                )
+                outer = piece(inner, self._world.pieces)
+                raise RecipeError(naming.inside(inner, outer, f"plugins.{self._plugin}"))
             group.modules = modules
 
     def _check_patterns(self, model: Module) -> None:
         """Refuse a pattern of units that chooses nothing."""
         names = [name for name, module in model.named_modules() if any(True for _ in module.parameters())]
-        for pattern in self._options.units or ():
-            if not any(matches(name, pattern) for name in names):
-                raise RecipeError(
-                    Problem(
-                        f"the pattern '{pattern}' matches no module that holds parameters",
-                        key=f"plugins.{self._plugin}.units",
-                        fix="write names as model.layers.* or model.layers.*.mlp; a * stands for one level",
-                    )
-                )
+        problems = tuple(naming.idle(names, self._options.units or (), f"plugins.{self._plugin}"))
+        if problems:
+            raise RecipeError(problems)
 
     def _check_overlap(self, groups: list[Group], itemsize: int) -> None:
         """Refuse to overlap one bucket with nothing, where that was asked for."""

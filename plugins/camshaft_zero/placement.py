@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from camshaft.errors import Problem
 from camshaft.mesh import stated_data_parallel
+from camshaft_zero import naming
 
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext
@@ -131,6 +132,8 @@ def refusals(options: Options, placement: Placement, context: PlanContext, key: 
         found.append(_without("overlap is off", "prefetch", key, f"{key}.overlap=true"))
     if options.provider == "torch":
         found += _torch_refusals(options, placement, context, key)
+    elif placement.parameters:
+        found += naming.faults(options, context, key)
     return found
 
 

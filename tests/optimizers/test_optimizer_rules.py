@@ -129,7 +129,7 @@ def test_patterns_exclude_matrices_and_idle_ones_are_refused():
     model = Small()
     optimizer = build(Muon(MuonOptions(lr=0.02, exclude=["up.*", "lm_head*"])), model)
     assert names(model, optimizer.param_groups[0]["params"]) == {"down.weight"}
-    with pytest.raises(RecipeError, match=r"plugins\.muon\.exclude: 'uq\.\*' matches no parameter of the model"):
+    with pytest.raises(RecipeError, match=r"plugins\.muon\.exclude\.0: 'uq\.\*' matches no parameter of the model"):
         build(Muon(MuonOptions(lr=0.02, exclude=["uq.*"])), model)
     with pytest.raises(RecipeError, match="no hidden matrix is left that trains"):
         build(Muon(MuonOptions(lr=0.02, exclude=["*"])), model)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import broken_names
 import broken_texts
 import broken_values
 import pytest
@@ -15,7 +16,7 @@ from recipe_cases import HIDDEN, Case, recipe
 
 from camshaft.cli import run
 
-CASES = [*broken_values.CASES, *broken_texts.CASES]
+CASES = [*broken_values.CASES, *broken_texts.CASES, *broken_names.CASES]
 ONE_LINE = re.compile(r"error: .+")
 
 

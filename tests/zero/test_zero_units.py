@@ -117,7 +117,7 @@ def test_more_ranks_than_elements(make_recipe):
             "zero.overlap: there is nothing to overlap.*lower plugins.zero.b",
         ),
         ("2", {"bucket_size_mb": 100, "overlap": True}, r"zero\..*: all gradients fit into one bucket, of 0"),
-        ("3", {"units": ["model.layers.*", "nothing.*"]}, r"zero.units: the pattern 'nothing\.\*' matches no module"),
+        ("3", {"units": ["model.layers.*", "nothing.*"]}, r"zero.units.1: the pattern 'nothing\.\*' matches no module"),
     ],
 )
 def test_what_has_no_effect_on_this_model_ends_the_run(make_recipe, row, options, reason):
