@@ -134,7 +134,7 @@ AREAS = {
     ),
     "operations": (("ops.py",), 250),
     "finder": (("finder.py", "trial.py", "halving.py"), 360),
-    "proofs": (("verify/", "contracts.py"), 2250),
+    "proofs": (("verify/", "contracts.py"), 2320),
     "profiling": (("profiling/", "datasheet.py"), 1800),
     "sweep": ("sweep/", 850),
     "extension": (("schedules.py", "deprecations.py"), 150),

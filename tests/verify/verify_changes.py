@@ -105,6 +105,11 @@ def other_values(right):
     return lambda model, units, seed, boxes: right(model, units, seed + 1, boxes)
 
 
+def told_copies(count) -> Change:
+    """Boxes as they are, and another number of ranks that have each of them."""
+    return after(lambda found, *_: (replace(found[0], copies=count), found[1]))
+
+
 def off_by_one(right):
     def places(own, tokens):
         found, away = right(own, tokens)

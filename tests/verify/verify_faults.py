@@ -39,6 +39,7 @@ from verify_changes import (
     shaken,
     skip,
     times,
+    told_copies,
     without_others,
 )
 
@@ -118,6 +119,8 @@ FAULTS = (
         instead(own_tokens),
         "gradients",
     ),
+    Fault("copies are told to be alone", "tp", "tensor_parallel", f"{TP}.sharding:box", told_copies(1), "layernorm"),
+    Fault("more copies are told than there are", "sp", "tensor_parallel", f"{TP}.sharding:box", told_copies(3)),
     Fault("row of the table off by one", "sp", "tensor_parallel", f"{TP}.vocabulary:Range.places", off_by_one),
     Fault(
         "sign of the loss's gradient",
@@ -250,6 +253,7 @@ FAULTS = (
 )
 """Every fault."""
 QUICK = ("ddp: buckets are not summed", "zero: factor", "tensor_parallel: norms are not summed",
+         "tensor_parallel: copies are told to be alone",
          "pipeline: gradient of a tied copy is lost", "clip: counts copies twice", "precision: parameters are narrower",
          "adamw: decays what must not", "lr_schedule: one step late")  # fmt: skip
 """Those that run without an environment variable."""

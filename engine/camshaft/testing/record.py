@@ -125,11 +125,11 @@ def assemble(world: World, values: Mapping[Part, Tensor]) -> dict[str, Tensor]:
         flat = torch.as_tensor(packed)
         whole = found.setdefault(piece.name, torch.zeros(piece.whole_shape, dtype=flat.dtype)).view(-1)
         mask = filled.setdefault(piece.name, torch.zeros(whole.numel(), dtype=torch.bool))
-        places = _places(piece)
-        both = mask[places]
-        assert torch.equal(whole[places][both], flat[both]), f"ranks hold unequal copies of '{piece.name}'"
-        whole[places] = flat
-        mask[places] = True
+        at = places(piece)
+        both = mask[at]
+        assert torch.equal(whole[at][both], flat[both]), f"ranks hold unequal copies of '{piece.name}'"
+        whole[at] = flat
+        mask[at] = True
     assert all(bool(mask.all()) for mask in filled.values()), "elements that no rank holds"
     return found
 
@@ -139,7 +139,7 @@ def _light(tensor: Tensor) -> Any:
     return tensor if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def _places(piece: Piece) -> slice | Tensor:
+def places(piece: Piece) -> slice | Tensor:
     """Where in the flattened whole parameter the elements of ``piece`` are."""
     stretch = slice(piece.start, piece.start + piece.length)
     if piece.box is None:

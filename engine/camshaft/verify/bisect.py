@@ -58,11 +58,16 @@ def _look(bench: Bench, names: Sequence[str]) -> Sign | None:
 
 
 def _named(bench: Bench, sign: Sign, smallest: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``smallest`` to name: who raised, else who makes the quantity, else all that is compared."""
+    """Those of ``smallest`` to name: who raised, else who makes the quantity, else all that is compared. Of a wrong
+    word about how parameters lie, who divides them is only to blame if nobody else has to be there for it.
+    """
     if isinstance(sign, Failure) and sign.plugin in smallest:
         return (sign.plugin,)
     slot = "" if isinstance(sign, Failure) else MAKERS.get(sign.quantity, "")
     maker = bench.owners.get(slot, "")
     if maker in smallest:
         return (maker,)
-    return tuple(name for name in smallest if name in bench.sorted.compared) or tuple(smallest)
+    compared = tuple(name for name in smallest if name in bench.sorted.compared)
+    if isinstance(sign, Failure) and sign.told:
+        compared = tuple(name for name in compared if not bench.sorted.axes.get(name)) or compared
+    return compared or tuple(smallest)

@@ -255,9 +255,9 @@ def _blamed(bench: Bench, found: Deviation | Failure | Unequal, *, search: bool)
 def _with_dropout(bench: Bench, *, search: bool) -> tuple[Finding | None, str]:
     """Once more with dropout, along the axes whose ranks draw what one process draws; what that leaves out.
 
-    Along data axes and the pipeline ranks draw numbers of their own.
+    Along data axes ranks draw numbers of their own.
     """
-    own = {axis for axis in bench.small.degrees if axis.startswith("dp") or axis == "pp"}
+    own = {axis for axis in bench.small.degrees if axis.startswith("dp")}
     compared = tuple(
         name for name in bench.sorted.compared if not (axes := bench.sorted.axes.get(name)) or axes - own - {""}
     )
@@ -266,9 +266,9 @@ def _with_dropout(bench: Bench, *, search: bool) -> tuple[Finding | None, str]:
     try:
         found = loud.look(loud.sorted.all)
     except RecipeError as error:
-        return None, f"dropout, because without data and pipeline axes: {error.problems[0].message}"
+        return None, f"dropout, because without data axes: {error.problems[0].message}"
     finding = None if isinstance(found, Comparison) else _blamed(loud, found, search=search)
-    return finding, "dropout along data axes and the pipeline, where ranks draw numbers of their own"
+    return finding, "dropout along data axes, where ranks draw numbers of their own"
 
 
 def _kept(owners: Mapping[str, str], sorted_: Sorted) -> dict[str, str]:

@@ -17,6 +17,7 @@ from camshaft.meter import global_sums
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.state import Policy, State, World
 from camshaft.testing.record import gradients, optimizer_state, weights
+from camshaft.verify import copies
 
 if TYPE_CHECKING:
     from camshaft.hookspecs import LogRecord
@@ -107,7 +108,8 @@ class Recorder(Plugin):
 
     @hookimpl
     def pre_run(self, state: State) -> None:
-        """The first values."""
+        """The first values, of which every element is counted once."""
+        copies.check(state.world)
         state.world.settle()
         for module in state.model.modules():
             if isinstance(module, nn.Dropout) and module.p:

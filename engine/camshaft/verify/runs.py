@@ -14,6 +14,7 @@ from camshaft.loop import session
 from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import RankFailed, run_ranks
 from camshaft.testing.run import Quiet
+from camshaft.verify.copies import WrongCopies
 from camshaft.verify.record import Dtypes, Recorder, Recording, UnequalCopies
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Failure:
     hook: str = ""
     refused: bool = False
     """Whether the recipe was refused: by a plugin that met the model, or because a plugin did nothing."""
+    told: bool = False
+    """Whether a plugin told something wrong of how parameters lie, which others go by."""
 
     @property
     def echo(self) -> bool:
@@ -120,6 +123,8 @@ def _train(
             trainer.train(quiet, quiet)
     except UnequalCopies as error:
         return Unequal(str(error))
+    except WrongCopies as error:
+        return Failure(None, str(error), told=True)
     except PluginError as error:
         return Failure(rank, str(error), error.plugin, error.hook)
     except RecipeError as error:
