@@ -49,8 +49,13 @@ class OwnSeed(Plugin):
     """Ranks that share their samples draw random numbers of their own."""
 
     @hookimpl
-    def pre_forward(self, state) -> None:
-        torch.manual_seed(1000 * state.step + 10 * state.microbatch + state.world.rank)
+    def bind(self, state) -> None:
+        def seed(module, arguments) -> None:
+            torch.manual_seed(1000 * state.step + 10 * state.microbatch + state.world.rank)
+
+        for module in state.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.register_forward_pre_hook(seed)
 
 
 class Sums(Plugin):
