@@ -21,8 +21,13 @@ def problems(options: Any, context: PlanContext, name: str) -> Iterator[Problem]
             fix=f"remove {key}, or set {KEY}=2",
         )
         return
-    yield from _styles(options, key)
-    yield from _heads(context, degree)
+    unsound = [*_styles(options, key), *_heads(context, degree)]
+    yield from unsound
+    if not unsound and context.config is not None:
+        from camshaft_tensor_parallel.agreement import faults
+        from camshaft_tensor_parallel.shapes import style_plan
+
+        yield from faults(style_plan(options, context, key), context.config, degree, sequence=options.sequence_parallel)
     length = context.recipe.data.sequence_length
     if options.sequence_parallel and length % degree:
         yield Problem(

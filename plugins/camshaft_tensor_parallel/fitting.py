@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from camshaft.errors import Problem, RecipeError
+from camshaft_tensor_parallel import agreement
 from camshaft_tensor_parallel.styles import StylePlan
 
 if TYPE_CHECKING:
     from camshaft.state import World
-
-NEEDED = ("embedding", "region", "logits", "loss")
-"""What a model has to have where tokens are divided between regions."""
 
 
 def read_plan(model: nn.Module, added: Mapping[str, str], plugin: str) -> StylePlan:
@@ -46,11 +44,11 @@ def check(plan: StylePlan, model: nn.Module, world: World, plugin: str, *, seque
     """
     modules = dict(model.named_modules())
     problems = [
-        Problem(f"no module of the model matches '{glob}'", key=f"{plan.key}.{glob}", fix="correct or remove it")
-        for glob in _idle(plan, modules, world, plugin)
+        *agreement.idle(_idle(plan, modules, world, plugin), plan.key),
+        *agreement.without_style(plan, {name: _held(module) for name, module in modules.items()}),
+        # A rank of a pipeline without the last stage keeps the loss, which it does not call, and not the projection.
+        *agreement.incomplete(plan, modules, loss=world.makes_loss, sequence=sequence and not world.stages),
     ]
-    problems += _without_style(plan, modules)
-    problems += _incomplete(plan, modules, world, sequence=sequence)
     if problems:
         raise RecipeError(problems)
 
@@ -66,38 +64,6 @@ def _idle(plan: StylePlan, modules: Mapping[str, nn.Module], world: World, plugi
     return [glob for glob, found in zip(plan.added, used.tolist(), strict=True) if not found]
 
 
-def _without_style(plan: StylePlan, modules: Mapping[str, nn.Module]) -> Iterator[Problem]:
-    for name, module in modules.items():
-        style, inside = plan.style(name), plan.region(name)
-        own = [leaf for leaf, _ in module.named_parameters(recurse=False)]
-        what = f"parameters ({', '.join(own)})" if own else "a dropout" if isinstance(module, nn.Dropout) else ""
-        if what and inside and (style is None or style.kind == "region"):
-            yield Problem(
-                f"'{name or type(module).__name__}' has {what} in a region, and the plan does not say what it works on",
-                key=plan.key,
-                fix=f"name it there: inner if it sees a rank's own features, outer if it sees all of them"
-                f"{', column or row if it is a product' if own else ''}",
-            )
-
-
-def _incomplete(
-    plan: StylePlan, modules: Mapping[str, nn.Module], world: World, *, sequence: bool
-) -> Iterator[Problem]:
-    styles = [style for style in map(plan.style, modules) if style is not None]
-    kinds = {style.kind for style in styles}
-    # A rank of a pipeline without the last stage keeps the loss, which it does not call, and not the projection.
-    if world.makes_loss and ("logits" in kinds) != ("loss" in kinds):
-        has, lacks = ("logits", "loss") if "logits" in kinds else ("loss", "logits")
-        yield Problem(
-            f"a module has the style {has}, and none has {lacks}: a loss of logits that are divided has to know it",
-            key=plan.key,
-            fix=f"give the module with the {'cross-entropy' if lacks == 'loss' else 'output projection'} that style",
-        )
-    missing = [kind for kind in NEEDED if kind not in kinds] if sequence and not world.stages else []
-    if missing:
-        yield Problem(
-            f"sequence_parallel divides tokens from the embedding to the loss, and no module has the style "
-            f"{' or '.join(missing)}",
-            key=plan.key,
-            fix="name these modules there, or set sequence_parallel=false",
-        )
+def _held(module: nn.Module) -> str:
+    leaves = [leaf for leaf, _ in module.named_parameters(recurse=False)]
+    return agreement.parameters(leaves) or (agreement.DROPOUT if isinstance(module, nn.Dropout) else "")

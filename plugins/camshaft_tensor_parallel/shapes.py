@@ -28,15 +28,15 @@ def shapes(
         yield _divided(each, plan, degree, place)
 
 
-def style_plan(options: Options, context: PlanContext) -> StylePlan:
-    """The built-in decoder's plan, then that of the recipe."""
+def style_plan(options: Options, context: PlanContext, key: str = "plugins.tensor_parallel") -> StylePlan:
+    """The built-in decoder's plan, then that of the recipe; ``key``: of the plugin there."""
     config = resolve(context.recipe.model, context.recipe.model.vocab_size or 1)  # no style depends on the vocabulary
-    return _style_plan(tuple(llama_plan(config).items()), tuple(options.plan.items()))
+    return _style_plan(tuple(llama_plan(config).items()), tuple(options.plan.items()), f"{key}.plan")
 
 
 @lru_cache(maxsize=4)
-def _style_plan(own: tuple[tuple[str, str], ...], added: tuple[tuple[str, str], ...]) -> StylePlan:
-    return StylePlan(dict(own), dict(added), "plugins.tensor_parallel.plan")
+def _style_plan(own: tuple[tuple[str, str], ...], added: tuple[tuple[str, str], ...], key: str) -> StylePlan:
+    return StylePlan(dict(own), dict(added), key)
 
 
 @lru_cache(maxsize=1 << 16)  # ranks that differ along other axes alone ask for the same

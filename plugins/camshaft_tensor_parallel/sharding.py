@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from camshaft.boxes import Box
-from camshaft.errors import Problem, RecipeError
+from camshaft.errors import RecipeError
+from camshaft_tensor_parallel.agreement import tied_otherwise
 from camshaft_tensor_parallel.copies import Copies, sharers
 from camshaft_tensor_parallel.division import box
 from camshaft_tensor_parallel.fitting import check, read_plan
@@ -92,10 +93,4 @@ class Sharding:
 
 def _check_tie(first: str, name: str, same: bool, key: str) -> None:
     if not same:
-        raise RecipeError(
-            Problem(
-                f"'{first}' and '{name}' are one parameter, and the plan divides them differently",
-                key=key,
-                fix="give both modules styles that divide it alike, such as embedding and logits",
-            )
-        )
+        raise RecipeError(tied_otherwise(first, name, key))

@@ -93,13 +93,15 @@ def plain(node: Node) -> Any:
 
 
 def locate(root: Node, key: str) -> Origin:
-    """Origin of ``key``, or of its nearest ancestor that is set."""
-    node = root
-    for part in key.split(".") if key else ():
-        child = node.get(part)
-        if child is None:
+    """Origin of ``key``, or of its nearest ancestor that is set. A key of a mapping may have dots in it."""
+    node, parts = root, key.split(".") if key else []
+    while parts:
+        taken = next((count for count in range(1, len(parts) + 1) if node.get(".".join(parts[:count]))), None)
+        if taken is None:
             break
-        node = child
+        child = node.get(".".join(parts[:taken]))
+        assert child is not None
+        node, parts = child, parts[taken:]
     return node.origin
 
 
