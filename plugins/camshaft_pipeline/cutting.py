@@ -46,7 +46,8 @@ def cut(world: World, model: Module, split: Split, placement: Sequence[int]) -> 
         raise RecipeError("every parameter of the model is frozen: there is nothing to train")
     layers = model.get_submodule(pipeline.layers)
     elements = {name: each.numel() for name, each in model.named_parameters(remove_duplicate=False)}
-    spans = spans_of(split, *costs_of(elements, len(layers._modules), pipeline), len(placement))
+    costs = costs_of(elements, len(layers._modules), pipeline)
+    spans = spans_of(split, *costs, len(placement), pipeline.layers)
     rank = world.mesh.shape.coordinates(world.rank)["pp"]
     own = {stage: span for stage, span in enumerate(spans) if placement[stage] == rank}
     stages = {name: stage_of(name, spans, pipeline) for name in elements}

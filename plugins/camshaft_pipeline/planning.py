@@ -16,7 +16,6 @@ from camshaft_pipeline.splitting import stages_of_names
 
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext
-    from camshaft.models.config import ModelConfig
     from camshaft_pipeline.options import Options
 
 KEY = "plugins.pipeline"
@@ -46,6 +45,8 @@ def _from_table(path: str, ranks: int, microbatches: int) -> Schedule:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ScheduleError(f"{path} cannot be read: {error.strerror}", fix="give the path of a CSV file") from error
+    except ValueError as error:  # a path with a NUL, bytes that are no UTF-8
+        raise ScheduleError(f"{path} is not UTF-8 text", fix="give the path of a CSV file") from error
     schedule = table.read(text, Path(path).stem, path)
     if schedule.ranks != ranks:
         raise ScheduleError(
@@ -111,24 +112,10 @@ def _schedule_problems(options: Options, context: PlanContext, ranks: int) -> li
         schedule = schedule_of(options, ranks, microbatches)
     except ScheduleError as error:
         return [error.problem(f"{KEY}.table" if options.table else KEY)]
-    config = _config(context)
-    if config is None:
+    if context.config is None:  # at fault, or of another model, which is looked at when it is built
         return []
     try:
-        stages_of_names(config, options, schedule.stages)
+        stages_of_names(context.config, options, schedule.stages)
     except RecipeError as error:
         return list(error.problems)
     return []
-
-
-def _config(context: PlanContext) -> ModelConfig | None:
-    """The architecture; None where it is at fault, or where a plugin builds a model of its own."""
-    from camshaft.host import plugin_class
-    from camshaft.models.config import resolve
-
-    if any(hasattr(plugin_class(name), "build_model") for name in context.plugins):
-        return None
-    try:
-        return resolve(context.recipe.model, context.recipe.model.vocab_size or 1)
-    except RecipeError:
-        return None

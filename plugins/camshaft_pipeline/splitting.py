@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 KEY = "plugins.pipeline.split"
 
 
-def spans_of(split: Split, costs: Sequence[float], before: float, after: float, stages: int) -> tuple[Span, ...]:
+def spans_of(
+    split: Split, costs: Sequence[float], before: float, after: float, stages: int, layers: str = ""
+) -> tuple[Span, ...]:
     """Every stage of a model, in order.
 
     Args:
         split: the recipe's wish.
         costs: elements of each layer; ``before`` and ``after``: of what comes before the first and after the last.
         stages: how many there are; each gets at least one layer.
+        layers: name of the module that holds the layers, which `starts` must begin with; empty: any.
 
     Raises:
         RecipeError: the wish does not fit the model or the number of stages.
@@ -38,7 +41,7 @@ def spans_of(split: Split, costs: Sequence[float], before: float, after: float, 
     if split.layers is not None:
         return _by_numbers(split.layers, count, stages)
     if split.starts is not None:
-        return _by_starts(split.starts, count, stages)
+        return _by_starts(split.starts, count, stages, layers)
     if split.times is not None:
         costs, before, after = _times(split.times, count)
     elif split.balance == "layers":
@@ -59,7 +62,7 @@ def stages_of_names(config: ModelConfig, options: Options, stages: int) -> dict[
     elements = {shape.name: shape.elements for shape in shapes}
     for shape in shapes:  # a tied table is held by both stages that use it
         elements |= dict.fromkeys(shape.tied, shape.elements)
-    spans = spans_of(options.split, *costs_of(elements, config.num_hidden_layers, LLAMA), stages)
+    spans = spans_of(options.split, *costs_of(elements, config.num_hidden_layers, LLAMA), stages, LLAMA.layers)
     return {shape.name: stage_of(shape.name, spans, LLAMA) for shape in shapes}
 
 
@@ -139,9 +142,9 @@ def _by_numbers(layers: Sequence[int], count: int, stages: int) -> tuple[Span, .
     return _spans(list(accumulate(layers)), count)
 
 
-def _by_starts(starts: Sequence[str], count: int, stages: int) -> tuple[Span, ...]:
+def _by_starts(starts: Sequence[str], count: int, stages: int, layers: str) -> tuple[Span, ...]:
     key, fix = f"{KEY}.starts", f"name the first layer of each of {stages} stages, from layer 0 on, in rising order"
-    numbers = [_number(name, key, fix) for name in starts]
+    numbers = [_number(name, layers, f"{key}.{index}", fix) for index, name in enumerate(starts)]
     if len(numbers) != stages or numbers[0] != 0 or numbers != sorted(set(numbers)) or numbers[-1] >= count:
         raise _refusal(
             f"layers {numbers} cannot be the first ones of {stages} stages of a model with {count} layers", fix, key
@@ -149,10 +152,12 @@ def _by_starts(starts: Sequence[str], count: int, stages: int) -> tuple[Span, ..
     return _spans([*numbers[1:], count], count)
 
 
-def _number(name: str, key: str, fix: str) -> int:
-    tail = name.rsplit(".", 1)[-1]
+def _number(name: str, layers: str, key: str, fix: str) -> int:
+    head, _, tail = name.rpartition(".")
     if not tail.isdecimal():
         raise _refusal(f"'{name}' does not end with the number of a layer", fix, key)
+    if layers and head != layers:
+        raise _refusal(f"'{name}' is no layer of the model: they are called {layers}.0 and so on", fix, key)
     return int(tail)
 
 

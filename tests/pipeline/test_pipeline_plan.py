@@ -33,6 +33,7 @@ WRONG = [
     ({"split": {"layers": [1, 1, 3]}}, "give 2 numbers whose sum is 5"),
     ({"split": {"starts": ["model.layers.1", "model.layers.3"]}}, r"layers \[1, 3\] cannot be the first ones"),
     ({"split": {"starts": ["model.layers.0", "model.norm"]}}, "'model.norm' does not end with the number of a layer"),
+    ({"split": {"starts": ["model.layers.0", "layers.2"]}}, "'layers.2' is no layer of the model: they are called mod"),
     ({"split": {"times": [1, 2]}}, "2 times for a model with 5 layers.*give 5 times, or 7"),
     ({"split": {"times": [1] * 5, "layers": [2, 3]}}, "layers and times say different things of one split"),
     ({"table": "nowhere.csv"}, "nowhere.csv cannot be read"),
