@@ -6,8 +6,6 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,18 +13,19 @@ import typer
 
 from camshaft.cli import finding, train
 from camshaft.cli.console import OverridesArgument, RecipeArgument
-from camshaft.cli.launch.claim import begin, end
+from camshaft.cli.launch.scratch import Scratch
 from camshaft.cli.streams import announce
 from camshaft.environment import read_environment
 from camshaft.errors import RecipeError
 from camshaft.hookspecs import FAMILIES, RunHooks
 from camshaft.host import Host
 from camshaft.recipe import check, load
-from camshaft.rundir import Choice, RunDirectory
 
 if TYPE_CHECKING:
     from camshaft.cli.launch.rank import Station
+    from camshaft.cli.train import Take
     from camshaft.recipe import Checked, Resolved
+    from camshaft.rundir import Choice, RunDirectory
 
 SPECS = tuple(name for family in FAMILIES for name in vars(family) if not name.startswith("_"))
 _TELLING = frozenset({"log", "save", "load"})
@@ -68,38 +67,46 @@ def profile(
 
     os.environ.update({name: os.environ.get(name, level) for name, level in _QUIET.items()})
     environment = read_environment(os.environ)
-    changes = tuple(overrides or ())
+    changes, windows = tuple(overrides or ()), (warmup, steps)
     if environment.launcher == "none":
-        resolved = load(recipe, changes)
-        processes, device = train.local_processes(resolved)
-        check(resolved, processes, device=device).require()
+        resolved, processes, device = train.checked_here(recipe, changes)
         _settled(resolved)
+        folder = folder_of(resolved, out)
         train.prepare_data(resolved)
         if processes > 1:
-            words = ("profile", f"--steps={steps}", f"--warmup={warmup}")
-            directory = train.front(resolved, changes, processes, device, partial(take, out=out), words)
+            try:
+                directory = train.front(resolved, changes, processes, device, _taken(folder), _words(windows))
+            except BaseException as error:
+                folder.give_up(error)
+                raise
             _close(directory)
             return
-    status = supervised(environment, lambda station: _rank(station, recipe, changes, (warmup, steps), out))
+    status = supervised(environment, lambda station: _rank(station, recipe, changes, windows, out), keeps=False)
     if status:
         raise typer.Exit(status)
 
 
-def take(resolved: Resolved, out: str | None) -> Choice:
-    """A new folder for one profile, locked; never one that holds anything, and never the latest run of its recipe.
+def folder_of(resolved: Resolved, out: str | None) -> Scratch:
+    """Where one profile goes: never to where anything is, and never the latest run of its recipe.
 
     Raises:
         RecipeError: ``out`` is no folder, or holds files.
-        MachineError: it cannot be made, or another process has it.
     """
     recipe = resolved.recipe
     identity = f"profile-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-    path = Path(recipe.run.root) / recipe.name / identity if out is None else Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RecipeError(f"--out {path} is not an empty folder. Give the name of a new one")
-    directory = RunDirectory(path)
-    lock = directory.create().lock()
-    return Choice(directory, lock, False, f"profile directory {path}")
+    folder = Scratch(Path(recipe.run.root) / recipe.name / identity if out is None else Path(out))
+    if not folder.usable:
+        raise RecipeError(f"--out {folder.path} is not an empty folder. Give the name of a new one")
+    return folder
+
+
+def _taken(folder: Scratch) -> Take:
+    return lambda _: folder.take(f"profile directory {folder.path}")
+
+
+def _words(windows: tuple[int, int]) -> tuple[str, ...]:
+    """What a rank is called with."""
+    return ("profile", f"--warmup={windows[0]}", f"--steps={windows[1]}")
 
 
 def telling(host: Host, checked: Checked) -> list[str]:
@@ -114,25 +121,26 @@ def telling(host: Host, checked: Checked) -> list[str]:
 
 def _rank(station: Station, recipe: str, changes: Sequence[str], windows: tuple[int, int], out: str | None) -> int:
     """Everything of one rank: check, connect, agree on the directory, profile."""
+    from camshaft.cli.launch.joining import in_directory, meet
+
     environment = station.environment
     resolved, left_out = lean(recipe, changes, environment.world_size)
-    from camshaft.distributed import connect, pick_device, set_threads
+    meet(station, resolved.recipe.launch)
+    line = train.line_of(environment.launcher, environment.world_size, resolved, changes, _words(windows))
+    folder: list[Scratch] = []
 
-    launch = resolved.recipe.launch
-    set_threads(environment, launch.threads_per_rank)
-    station.heartbeat.beat(0, "connect")
-    connect(environment, pick_device(launch, environment).type, launch.group_timeout_s)
-    with ExitStack() as stack:
-        directory = station.directory
-        owner = station.front is None and environment.rank == 0
-        if directory is None:
-            directory = train.agree_on_directory(station, partial(take, resolved, out), stack)
-            station.enter(directory)
-        if owner:
-            words = ("profile", f"--warmup={windows[0]}", f"--steps={windows[1]}")
-            line = train.line_of(environment.launcher, environment.world_size, resolved, changes, words)
-            begin(directory, resolved, environment.world_size, line)
-        return _profile(station, resolved, directory, windows, left_out, owner)
+    def take() -> Choice:
+        folder.append(folder_of(resolved, out))
+        station.forced = folder[0].remove
+        return _taken(folder[0])(resolved)
+
+    try:
+        with in_directory(station, resolved, take, line) as (directory, owner):
+            return _profile(station, resolved, directory, windows, left_out, owner)
+    except BaseException as error:
+        for each in folder:
+            each.give_up(error)
+        raise
 
 
 def lean(recipe: str, changes: Sequence[str], world_size: int) -> tuple[Resolved, list[str]]:
@@ -166,27 +174,16 @@ def _profile(
     left_out: list[str],
     owner: bool,
 ) -> int:
-    from camshaft.cli.launch import exits
     from camshaft.profiling.recording import Settings
     from camshaft.profiling.run import run
 
-    station.heartbeat.beat(0, "build")
-    status = 1
     settings = Settings(*windows)
-    try:
-        words = run(resolved, station.environment, directory, station.heartbeat, station.stop, settings, left_out)
-        if words:
-            announce(f"\n{words}")
-        status = 0
-        if owner:
-            _close(directory)
-        return status
-    except BaseException as error:
-        status = exits.classify(error)[0]
-        raise
-    finally:
-        if owner:
-            end(directory, status, station.heartbeat.progress[0])
+    words = run(resolved, station.environment, directory, station.heartbeat, station.stop, settings, left_out)
+    if words:
+        announce(f"\n{words}")
+    if owner:
+        _close(directory)
+    return 0
 
 
 def _close(directory: RunDirectory) -> None:

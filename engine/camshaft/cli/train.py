@@ -14,33 +14,20 @@ import typer
 
 from camshaft.cli import inventory
 from camshaft.cli.console import OverridesArgument, RecipeArgument
-from camshaft.cli.launch import heartbeat
 from camshaft.cli.launch.claim import begin, end, take
 from camshaft.cli.streams import announce
 from camshaft.environment import Environment, read_environment
-from camshaft.errors import (
-    CamshaftError,
-    Interrupted,
-    MachineError,
-    NonFiniteLoss,
-    OutOfMemory,
-    RecipeError,
-)
+from camshaft.errors import CamshaftError, MachineError
 from camshaft.recipe import check, load
-from camshaft.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from camshaft.cli.launch.rank import Station
     from camshaft.environment import Launcher
     from camshaft.recipe import Resolved
-    from camshaft.rundir import Choice
+    from camshaft.rundir import Choice, RunDirectory
 
 Take = Callable[["Resolved"], "Choice"]
 """Chooses and locks the directory of one start."""
-
-_ERRORS: dict[int, type[CamshaftError]] = {
-    error.exit_status: error for error in (RecipeError, MachineError, OutOfMemory, NonFiniteLoss, Interrupted)
-}
 
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run, whatever the latest one's state is.")]
 
@@ -61,9 +48,7 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: Fr
     environment = read_environment(os.environ)
     changes = tuple(overrides or ())
     if environment.launcher == "none":
-        resolved = load(recipe, changes)
-        processes, device = local_processes(resolved)
-        check(resolved, processes, device=device).require()
+        resolved, processes, device = checked_here(recipe, changes)
         prepare_data(resolved)
         if finding.asked(resolved):
             resolved, changes = finding.settle(resolved, changes, processes, device, partial(take, fresh=fresh))
@@ -73,6 +58,19 @@ def train(recipe: RecipeArgument, overrides: OverridesArgument = None, fresh: Fr
     status = supervised(environment, lambda station: _rank(station, recipe, changes, fresh))
     if status:
         raise typer.Exit(status)
+
+
+def checked_here(recipe: str, changes: Sequence[str]) -> tuple[Resolved, int, str]:
+    """A recipe that is legal on this machine, how many processes to start here, and on what device.
+
+    Raises:
+        RecipeError: it is not legal.
+        MachineError: fewer GPUs than processes.
+    """
+    resolved = load(recipe, changes)
+    processes, device = local_processes(resolved)
+    check(resolved, processes, device=device).require()
+    return resolved, processes, device
 
 
 def local_processes(resolved: Resolved) -> tuple[int, str]:
@@ -118,6 +116,7 @@ def front(
         CamshaftError: with the run's exit status, naming rank, step and cause.
     """
     from camshaft.cli.launch import commands
+    from camshaft.cli.launch.joining import ERRORS
     from camshaft.cli.launch.supervisor import Job, supervise
     from camshaft.cli.launch.watch import StopSignal
     from camshaft.data import cache
@@ -152,8 +151,7 @@ def front(
         outcome = supervise(job, stop)
         end(choice.directory, outcome.status)
     if outcome.status:
-        error = _ERRORS.get(outcome.status, CamshaftError)(outcome.message)
-        raise error
+        raise ERRORS.get(outcome.status, CamshaftError)(outcome.message)
     return choice.directory
 
 
@@ -193,75 +191,32 @@ def prepare_data(resolved: Resolved) -> None:
 
 def _rank(station: Station, recipe: str, changes: Sequence[str], fresh: bool) -> int:
     """Everything of one rank: check, connect, agree on the run directory, train."""
+    from camshaft.cli import finding
+    from camshaft.cli.launch.joining import in_directory, meet
+
     environment = station.environment
     resolved = load(recipe, changes, world_size=environment.world_size)
     check(resolved, environment.world_size, device="any").require()
-    from camshaft.cli import finding
-    from camshaft.distributed import connect, pick_device, set_threads
-
     finding.refuse(resolved, environment.world_size)
-
-    launch = resolved.recipe.launch
-    set_threads(environment, launch.threads_per_rank)
-    station.heartbeat.beat(0, "connect")
-    connect(environment, pick_device(launch, environment).type, launch.group_timeout_s)
-    with ExitStack() as stack:
-        directory = station.directory
-        owner = station.front is None and environment.rank == 0
-        if directory is None:
-            directory = agree_on_directory(station, partial(take, resolved, fresh), stack)
-            station.enter(directory)
-        if owner:
-            line = line_of(environment.launcher, environment.world_size, resolved, changes)
-            begin(directory, resolved, environment.world_size, line)
-        return _train(station, resolved, changes, directory, owner)
+    meet(station, resolved.recipe.launch)
+    line = line_of(environment.launcher, environment.world_size, resolved, changes)
+    with in_directory(station, resolved, partial(take, resolved, fresh), line) as (directory, _):
+        return _train(station, resolved, changes, directory)
 
 
-def _train(station: Station, resolved: Resolved, changes: Sequence[str], directory: RunDirectory, owner: bool) -> int:
+def _train(station: Station, resolved: Resolved, changes: Sequence[str], directory: RunDirectory) -> int:
     from camshaft import loop
     from camshaft.cli import closing
-    from camshaft.cli.launch import exits
 
     environment = station.environment
-    station.heartbeat.beat(0, "build")
     if environment.rank == 0:
         facts = inventory.run_environment(resolved.base_dir, environment.launcher, environment.world_size)
         directory.keep("env.json", json.dumps(facts, indent=2) + "\n")
-    status = 1
-    try:
-        status = loop.run(
-            resolved,
-            environment,
-            directory,
-            station.heartbeat,
-            station.stop,
-            lambda state, data: closing.show(state, data, str(resolved.path), changes),
-        )
-        return status
-    except BaseException as error:
-        status = exits.classify(error)[0]
-        raise
-    finally:
-        if owner:
-            end(directory, status, station.heartbeat.progress[0])
-
-
-def agree_on_directory(station: Station, take: Callable[[], Choice], stack: ExitStack) -> RunDirectory:
-    """Rank 0 picks and locks the directory, the others learn it; an error of rank 0 is raised on every rank."""
-    from camshaft.distributed import share_text
-
-    environment = station.environment
-    answer: dict[str, str] = {}
-    if environment.rank == 0:
-        try:
-            choice = take()
-            stack.callback(choice.lock.release)
-            heartbeat.create(choice.directory.heartbeat, environment.world_size)
-            announce(choice.message)
-            answer = {"path": str(choice.directory.path.resolve())}
-        except (MachineError, RecipeError) as error:
-            answer = {"error": str(error), "status": str(error.exit_status)}
-    answer = json.loads(share_text(environment, json.dumps(answer)))
-    if "error" in answer:
-        raise _ERRORS[int(answer["status"])](answer["error"])
-    return RunDirectory(answer["path"]).create()
+    return loop.run(
+        resolved,
+        environment,
+        directory,
+        station.heartbeat,
+        station.stop,
+        lambda state, data: closing.show(state, data, str(resolved.path), changes),
+    )

@@ -28,24 +28,21 @@ def trial(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     from camshaft.cli.launch.rank import supervised
 
     changes = tuple(overrides or ())
-    status = supervised(read_environment(os.environ), lambda station: _rank(station, recipe, changes))
+    status = supervised(read_environment(os.environ), lambda station: _rank(station, recipe, changes), keeps=False)
     if status:
         raise typer.Exit(status)
 
 
 def _rank(station: Station, recipe: str, changes: Sequence[str]) -> int:
     from camshaft import trial as trials
+    from camshaft.cli.launch.joining import meet
     from camshaft.cli.profile import lean
-    from camshaft.distributed import connect, pick_device, set_threads
 
     environment = station.environment
     resolved, _ = lean(recipe, changes, environment.world_size)
-    launch = resolved.recipe.launch
     if resolved.recipe.run.dir is None:
         raise RecipeError(Problem("a trial needs a folder of its own", key="run.dir"))
-    set_threads(environment, launch.threads_per_rank)
-    station.heartbeat.beat(0, "connect")
-    connect(environment, pick_device(launch, environment).type, launch.group_timeout_s)
+    meet(station, resolved.recipe.launch)
     directory = station.directory or RunDirectory(resolved.recipe.run.dir).create()
     station.heartbeat.beat(0, "build")
     peak = trials.run(resolved, environment, directory, station.heartbeat)

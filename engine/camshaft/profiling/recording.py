@@ -79,6 +79,10 @@ class Recorder:
             if phase == "clip":
                 found.gradients.append(gradients(state))
 
+        def write(profiler: torch.profiler.profile) -> None:
+            if len(found.recorded_s) == settings.steps:  # else what broke off is on its way, and a trace takes long
+                profiler.export_chrome_trace(str(found.path))
+
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for users of the profiler, which this process's users are not
@@ -86,7 +90,7 @@ class Recorder:
                 profile(
                     activities=kinds,
                     schedule=schedule(wait=0, warmup=1, active=settings.steps, repeat=1),
-                    on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(found.path)),
+                    on_trace_ready=write,
                     profile_memory=True,
                     acc_events=True,
                 ) as profiler,

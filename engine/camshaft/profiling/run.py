@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from camshaft.datasheet import type_name
+from camshaft.errors import Interrupted
 from camshaft.loop import out_of_memory, session
 from camshaft.profiling import findings, report
 from camshaft.profiling.recording import Recorder, Recording, Settings
@@ -44,6 +45,8 @@ def run(
     with out_of_memory(), session(resolved, environment, directory) as trainer:
         recording = Recorder(trainer, heartbeat, stop).run(settings, path)
         heartbeat.beat(trainer.state.step, "log")
+        if stop.requested and environment.world_size == 1:  # others would wait for this rank's findings
+            raise Interrupted("asked to stop; no profile was written")
         own = _own(trainer, recording)
         every = _gather(environment, own)
         if environment.rank:

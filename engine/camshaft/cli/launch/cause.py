@@ -9,7 +9,7 @@ from pathlib import Path
 
 from camshaft.cli.launch.exits import ExitRecord, is_out_of_memory
 from camshaft.cli.launch.heartbeat import doing
-from camshaft.errors import OutOfMemory
+from camshaft.errors import OutOfMemory, RecipeError
 from camshaft.processes import Process
 
 _KNOWN = frozenset({2, 3, 4, 5, 130})
@@ -86,7 +86,9 @@ def _recorded(record: ExitRecord, logs: Path, stuck: list[RankView]) -> Outcome:
     if record.kind == "connection" and stuck and " has been at step " not in record.error:
         view = stuck[0]
         text += f"; rank {view.rank} did not answer, at step {view.step} during {doing(view.phase)}, and was killed"
-    return Outcome(status, f"{text}. Log: {log}", from_outside=record.kind != "error")
+    if status != RecipeError.exit_status:  # of which all that there is to know is told
+        text += f". Log: {log}"
+    return Outcome(status, text, from_outside=record.kind != "error")
 
 
 def _vanished(

@@ -19,7 +19,7 @@ from camshaft import ending
 from camshaft.cli.launch import exits, terminal, waiting
 from camshaft.cli.launch.heartbeat import Heartbeat
 from camshaft.cli.launch.logs import messages
-from camshaft.cli.launch.watch import StopSignal, Watchdog, watch_list
+from camshaft.cli.launch.watch import GRACE_S, QUICK_S, StopSignal, Watchdog, watch_list
 from camshaft.cli.streams import put
 from camshaft.distributed import JOB_VARIABLE, forget_meeting
 from camshaft.environment import Environment
@@ -51,12 +51,18 @@ class Front:
 
 
 class Station:
-    """What a rank has around its work: how it is stopped, how it shows progress, where it leaves its record."""
+    """What a rank has around its work: how it is stopped, how it shows progress, where it leaves its record.
 
-    def __init__(self, environment: Environment, front: Front | None) -> None:
+    ``keeps``: when it is asked to stop, it has something to write first.
+    """
+
+    def __init__(self, environment: Environment, front: Front | None, *, keeps: bool = True) -> None:
         self.environment, self.front = environment, front
         self.heartbeat = Heartbeat()
-        self.stop = StopSignal(force=self.force, repeat_ends=front is None)
+        grace = GRACE_S if keeps else QUICK_S
+        self.stop = StopSignal(force=self.force, grace_s=grace, repeat_ends=front is None, keeps=keeps)
+        self.forced: Callable[[], None] = lambda: None
+        """Called before ``force`` ends the process, which leaves no other time to tidy up."""
         self.directory: RunDirectory | None = None
         self._log: IO[str] | None = None
         self._terminal: TextIO = sys.stderr
@@ -112,10 +118,12 @@ class Station:
         if kind == "orphan" and self.front is not None:
             shutil.rmtree(self.front.job, ignore_errors=True)  # nobody else is left to do it
         forget_meeting()
+        self.forced()
         if self.environment.rank == 0 and not self._has_front():
+            head = "stopped" if status == Interrupted.exit_status else "error"
             on = f". {self.directory.going_on()}" if self.directory is not None and kind == "orphan" else ""
             with contextlib.suppress(OSError):  # the terminal that a front lent is still open here
-                os.write(2, f"error: {reason}{on}\n".encode())
+                os.write(2, f"{head}: {reason}{on}\n".encode())
         os._exit(status)
 
     def tell(self, error: BaseException, kind: exits.Kind) -> None:
@@ -162,14 +170,14 @@ def _lines_of(error: BaseException) -> list[str]:
     return [str(error) if isinstance(error, CamshaftError) else f"{type(error).__name__}: {error}"]
 
 
-def supervised(environment: Environment, work: Callable[[Station], int]) -> int:
-    """Run ``work`` as one rank and return its exit status.
+def supervised(environment: Environment, work: Callable[[Station], int], *, keeps: bool = True) -> int:
+    """Run ``work`` as one rank and return its exit status. ``keeps``: as for ``Station``.
 
     In a launched rank every error ends the process at once, with a record and without waiting for peers. In one
     process of its own errors are raised to the caller, and the signals are given back.
     """
     front = Front.of(os.environ)
-    station = Station(environment, front)
+    station = Station(environment, front, keeps=keeps)
     if threading.current_thread() is threading.main_thread():
         station.stop.install()
     if environment.launcher == "none":

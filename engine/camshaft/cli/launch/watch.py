@@ -20,6 +20,9 @@ from camshaft.processes import Process, alive, command, deepspeed_runner_of, ide
 GRACE_S = 20.0
 """How long a rank that was asked to stop may take to write its checkpoint."""
 
+QUICK_S = 5.0
+"""The same where nothing would be lost."""
+
 POLL_S = 0.25
 _SAME_REQUEST_S = 1.0  # launchers and terminals send one request several times
 _WITH_AGENT = ("deepspeed", "torchrun")
@@ -42,13 +45,21 @@ class StopSignal:
     """
 
     def __init__(
-        self, *, force: Force = exit_at_once, grace_s: float | None = GRACE_S, repeat_ends: bool = True
+        self,
+        *,
+        force: Force = exit_at_once,
+        grace_s: float | None = GRACE_S,
+        repeat_ends: bool = True,
+        keeps: bool = True,
     ) -> None:
+        """``grace_s``: how long the process may take to stop by itself. ``keeps``: it has something to write until
+        then, so that to be ended before is a failure.
+        """
         self.requested = 0
         """0, or the number of the signal that asked this process to stop."""
         self.requests = 0
         """How many requests came, not counting echoes of one."""
-        self._force, self._grace_s, self._repeat_ends = force, grace_s, repeat_ends
+        self._force, self._grace_s, self._repeat_ends, self._keeps = force, grace_s, repeat_ends, keeps
         self._first = 0.0
         self._last: dict[int, float] = {}
         self._reader, self._writer = socket.socketpair()
@@ -85,8 +96,10 @@ class StopSignal:
             if self._first and self._grace_s is not None:
                 wait = max(0.0, self._first + self._grace_s - time.monotonic())
             ready, _, _ = select.select([self._reader], [], [], wait)
-            if not ready:
+            if not ready and self._keeps:
                 self._force(1, "forced", f"could not stop within {self._grace_s:.0f} s of the request")
+            elif not ready:
+                self._force(130, "forced", "asked to stop, and stopped at once")
             received = self._reader.recv(64)
             if not received:
                 self._reader.close()
@@ -103,7 +116,8 @@ class StopSignal:
         elif before is not None and now - before > _SAME_REQUEST_S:
             self.requests += 1
             if self._repeat_ends:
-                self._force(130, "forced", "asked a second time to stop, and stopped at once without a checkpoint")
+                without = " without a checkpoint" if self._keeps else ""
+                self._force(130, "forced", f"asked a second time to stop, and stopped at once{without}")
 
 
 def _noted(signum: int, frame: FrameType | None) -> None:
