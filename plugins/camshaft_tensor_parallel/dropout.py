@@ -7,63 +7,15 @@ process. It costs the whole mask's memory for a moment.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from camshaft_tensor_parallel.line import Line
+from camshaft_tensor_parallel.shares import Stretch, Tokens
 
-Forward = Callable[[Tensor], Tensor]
-
-
-def on_tokens(dropout: Any, line: Line) -> Forward:
-    """A forward for this rank's tokens [1, m, ...]; what has all tokens is dropped as ever."""
-    plain: Forward = dropout.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        if not _drops(dropout) or hidden.shape[:2] != (1, line.share):
-            return plain(hidden)
-        mask = _mask((line.rows, line.length, *hidden.shape[2:]), hidden, dropout.p).flatten(0, 1)
-        own = mask[line.rank * line.share : (line.rank + 1) * line.share]
-        missing = line.share - len(own)
-        if missing:  # padding
-            own = torch.cat((own, own.new_zeros(missing, *own.shape[1:])))
-        return hidden * own.unsqueeze(0)
-
-    return forward
+Draw = Callable[..., Tensor]
 
 
-def on_features(dropout: Any, line: Line) -> Forward:
-    """A forward for this rank's stretch of the last dimension, which later ranks go on."""
-    stretches: dict[int, tuple[int, int]] = {}
-
-    def forward(features: Tensor) -> Tensor:
-        if not _drops(dropout):
-            return features
-        width = features.shape[-1]
-        if width not in stretches:
-            stretches[width] = _stretch(width, features.device, line)
-        start, total = stretches[width]
-        mask = _mask((*features.shape[:-1], total), features, dropout.p)
-        return features * mask[..., start : start + width]
-
-    return forward
-
-
-def _drops(dropout: Any) -> bool:
-    return bool(dropout.training and dropout.p > 0.0)
-
-
-def _mask(shape: tuple[int, ...], like: Tensor, p: float) -> Tensor:
-    """0 or 1 / (1 - p), as torch draws them for a tensor of ``shape``."""
-    return F.dropout(torch.ones(shape, dtype=like.dtype, device=like.device), p)
-
-
-def _stretch(width: int, device: torch.device, line: Line) -> tuple[int, int]:
-    """Where this rank's ``width`` features begin, and how many all ranks have. Collective, once for each width."""
-    widths = torch.zeros(line.size, dtype=torch.int64, device=device)
-    widths[line.rank] = width
-    found: list[int] = line.all_reduce(widths, "forward").tolist()
-    return sum(found[: line.rank]), sum(found)
+def masked(draw: Draw, own: Tensor, rate: float, share: Tokens | Stretch, inplace: bool) -> Tensor:
+    """``own`` times its part of the mask (0 or 1 / (1 - rate)) that ``draw(ones, rate, True)`` makes of the whole."""
+    mask = share.take(draw(share.blank(own.detach(), 1.0), rate, True))
+    return own.mul_(mask) if inplace else own * mask

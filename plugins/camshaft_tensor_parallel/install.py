@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from camshaft_tensor_parallel import overlap
 from camshaft_tensor_parallel.ahead import Ahead
-from camshaft_tensor_parallel.dropout import on_features, on_tokens
+from camshaft_tensor_parallel.drawing import Drawing
 from camshaft_tensor_parallel.line import Line, narrow
+from camshaft_tensor_parallel.shares import Place
 from camshaft_tensor_parallel.styles import Style
 from camshaft_tensor_parallel.vocabulary import Range, cross_entropy
 
@@ -52,9 +53,10 @@ class Installed:
                 case "loss" if sizes:  # a rank of a pipeline that makes no loss has no logits
                     self._loss(module, Range.of(sizes[0], self.line))
 
-    def drop_out(self, module: nn.Module, *, features: bool) -> None:
-        """Let a dropout draw what one process draws: ``features``, for this rank's features, else for its tokens."""
-        self._replace(module, (on_features if features else on_tokens)(module, self.line))
+    def draw(self, module: nn.Module, place: Place, drawing: Drawing) -> None:
+        """Let what ``module`` draws be what one process draws. Before ``install``."""
+        is_dropout = type(module).forward is nn.Dropout.forward
+        self._replace(module, drawing.dropout(module, place) if is_dropout else drawing.around(place, module.forward))
 
     def close(self) -> None:
         """Take everything off."""

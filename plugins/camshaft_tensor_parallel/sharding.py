@@ -11,9 +11,12 @@ from camshaft.errors import RecipeError
 from camshaft_tensor_parallel.agreement import tied_otherwise
 from camshaft_tensor_parallel.copies import Copies, sharers
 from camshaft_tensor_parallel.division import box
+from camshaft_tensor_parallel.drawing import Drawing
 from camshaft_tensor_parallel.fitting import check, read_plan
 from camshaft_tensor_parallel.install import Installed, narrow_parameter
 from camshaft_tensor_parallel.line import Line
+from camshaft_tensor_parallel.placing import places
+from camshaft_tensor_parallel.shares import Shares
 
 if TYPE_CHECKING:
     from camshaft.state import World
@@ -35,8 +38,10 @@ class Sharding:
         check(self.plan, model, world, plugin, sequence=self.line.sequence)
         styles = {name: (module, self.plan.style(name)) for name, module in model.named_modules()}
         self._installed = Installed(self.line, overlap=options.overlap)
+        self._drawing = Drawing(Shares(self.line), world.device, f"plugins.{plugin}")
+        for name, place in places(self.plan, model, self.line).items():
+            self._installed.draw(styles[name][0], place, self._drawing)
         self._installed.install({name: (module, style) for name, (module, style) in styles.items() if style})
-        self._drop_out(model)
         self.partial: dict[str, int] = {}
         """Names of parameters whose gradients are partial, and how many ranks have the same copy."""
         self._divide(world, model)
@@ -54,7 +59,8 @@ class Sharding:
         )
 
     def end_window(self) -> None:
-        """Regions may do from now on what they learned."""
+        """Regions may do from now on what they learned, and draws that nobody understands were refused by now."""
+        self._drawing.watching = False
         for each in self._installed.ahead:
             each.end_window()
 
@@ -80,15 +86,6 @@ class Sharding:
         """Whether each rank computes a part of the gradient: from its tokens, or from its heads."""
         style = self.plan.style(name.rpartition(".")[0])
         return self.line.sequence or (style is not None and style.kind in ("inner", "shared"))
-
-    def _drop_out(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Dropout):
-                style = self.plan.style(name)
-                if style is not None and style.kind == "inner":
-                    self._installed.drop_out(module, features=True)
-                elif self.line.sequence:
-                    self._installed.drop_out(module, features=False)
 
 
 def _check_tie(first: str, name: str, same: bool, key: str) -> None:
