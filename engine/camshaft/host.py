@@ -6,7 +6,7 @@ Pluggy links, it does not run: hooks are validated and collected here when a run
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -32,15 +32,36 @@ def installed() -> Mapping[str, EntryPoint]:
     Raises:
         MachineError: two distributions offer the same name.
     """
+    return by_name(entry_points(group=GROUP), "plugin")
+
+
+def by_name(points: Iterable[EntryPoint], kind: str) -> dict[str, EntryPoint]:
+    """Entry points in the order of their names. ``kind``: what they offer, for the message.
+
+    Raises:
+        MachineError: two distributions offer the same name.
+    """
     found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    for point in sorted(points, key=lambda point: point.name):
         other = found.setdefault(point.name, point)
         if other.value != point.value:
             raise MachineError(
-                f"plugin '{point.name}' is offered twice: {other.value} ({distribution(other)}) and "
+                f"{kind} '{point.name}' is offered twice: {other.value} ({distribution(other)}) and "
                 f"{point.value} ({distribution(point)}). Uninstall one of them."
             )
     return found
+
+
+def imported(point: EntryPoint) -> Any:
+    """What an entry point offers.
+
+    Raises:
+        PluginError: it cannot be imported, for whatever reason.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise PluginError(point.name, "import", f"{point.value} cannot be imported: {error}") from error
 
 
 def distribution(point: EntryPoint) -> str:
@@ -66,10 +87,7 @@ def plugin_class(name: str) -> type[Plugin]:
                 fix=f"use '{near[0]}'" if near else f"install a package that offers '{name}', or remove the line",
             )
         )
-    try:
-        loaded = points[name].load()
-    except Exception as error:
-        raise PluginError(name, "import", f"{points[name].value} cannot be imported: {error}") from error
+    loaded = imported(points[name])
     if not (inspect.isclass(loaded) and issubclass(loaded, Plugin)):
         raise PluginError(name, "import", f"{points[name].value} is not a subclass of camshaft.Plugin")
     if loaded.hook_api != HOOK_API:

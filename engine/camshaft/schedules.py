@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from camshaft.errors import MachineError, PluginError
+from camshaft.errors import PluginError
+from camshaft.host import by_name, imported
 from camshaft.program import Action
 
 GROUP = "camshaft.schedules"
@@ -47,14 +48,7 @@ def offered() -> Mapping[str, EntryPoint]:
     Raises:
         MachineError: two packages offer the same name.
     """
-    found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        other = found.setdefault(point.name, point)
-        if other.value != point.value:
-            raise MachineError(
-                f"schedule '{point.name}' is offered twice: {other.value} and {point.value}. Uninstall one of them."
-            )
-    return found
+    return by_name(entry_points(group=GROUP), "schedule")
 
 
 def load(name: str) -> Offer:
@@ -64,10 +58,7 @@ def load(name: str) -> Offer:
         PluginError: it cannot be imported, or is no ``Offer``.
     """
     point = offered()[name]
-    try:
-        loaded = point.load()
-    except Exception as error:
-        raise PluginError(name, "import", f"{point.value} cannot be imported: {error}") from error
+    loaded = imported(point)
     if not isinstance(loaded, Offer):
         raise PluginError(name, "import", f"{point.value} is not a camshaft.schedules.Offer")
     return loaded
