@@ -24,6 +24,7 @@ class SameMask(TensorParallel):
     @hookimpl
     def shard_compute(self, world, model) -> None:
         super().shard_compute(world, model)
+        self._sharding._drawing.call = lambda function, arguments, named: function(*arguments, **named)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 vars(module).pop("forward", None)
