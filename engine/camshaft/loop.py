@@ -287,6 +287,7 @@ class Trainer:
             except Exception as error:  # all of them must close; the first fault is raised below
                 faults.append(error)
                 _log.error("while closing: %s", error)
+        self.stepper.strokes.close()
         self.state.loader.close()
         self.control.close()
         if faults and status != "failed":

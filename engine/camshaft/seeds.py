@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.utils.hooks import RemovableHandle
 
 from camshaft.errors import Problem, RecipeError
 from camshaft.state import State
@@ -46,12 +47,18 @@ class Seeds:
         self._calls: Counter[str] = Counter()
         self._repeated: set[str] = set()
         self._backward = False
+        self._handles: list[RemovableHandle] = []
         layers = getattr(getattr(state.model, "pipeline", None), "layers", None)
         if layers is None or any(f"{layers}.".startswith(f"{piece}.") for piece in world.pieces):
             return
         for number, layer in state.model.get_submodule(layers)._modules.items():
             if layer is not None:  # outside of any forward that a plugin has put on it: what runs again runs as it ran
-                layer.register_forward_pre_hook(partial(self._enter, number))
+                self._handles.append(layer.register_forward_pre_hook(partial(self._enter, number)))
+
+    def close(self) -> None:
+        """Take the hooks from the layers."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def begin(self) -> None:
         """A microbatch's forward begins, of the step and microbatch that ``state`` names."""

@@ -40,6 +40,10 @@ class Strokes:
         self._factor: float | None = None
         self.stop_votes = self.total_weight = 0
 
+    def close(self) -> None:
+        """Take from the model what was put on it."""
+        self._seeds.close()
+
     def start_window(self, stop_requested: bool) -> None:
         """Begin to sum this window's weight over all ranks; ``state.window`` is set."""
         state = self.state

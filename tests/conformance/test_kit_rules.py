@@ -7,15 +7,15 @@ import os
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from camshaft import ops
-from camshaft.ops import Kernel
 from camshaft.testing import Conformance, ranks
-from camshaft.testing.conformance import kernels, leftovers, touched
+from camshaft.testing.conformance import leftovers, rules, touched
 
 WHY = "its own sums are rounded to bf16"
 
@@ -39,6 +39,8 @@ def subclass(**attributes):
         ({"limits": {"loss": 1.0}}, "changes 'limits'"),
         ({"sizes": classmethod(lambda cls: [1])}, "changes 'sizes'"),
         ({"neighbours": lambda self: []}, "changes 'neighbours'"),
+        ({"several": classmethod(lambda cls: 1)}, "changes 'several'"),
+        ({"_options": lambda self: None}, "changes '_options'"),
         ({"max_norm": None}, "changes 'max_norm'"),
         ({"kind": "schedule", "microbatches": ()}, "changes 'microbatches'"),
     ],
@@ -82,8 +84,6 @@ def test_a_subclass_of_another_kind_has_the_tests_of_its_own_kind():
 
 
 def test_two_classes_of_one_name_have_references_of_their_own(monkeypatch):
-    from types import SimpleNamespace
-
     from camshaft.testing.conformance import plain
     from camshaft.testing.conformance.trial import STEPS
 
@@ -107,6 +107,20 @@ def test_a_number_over_nan_is_seen():
     nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([2.0, 1.0])
     assert touched._same(nan, nan.clone()) and not touched._same(nan, one) and not touched._same(one, nan)
     assert not touched._same(one, one[:1]) and not touched._same(one, one.double())
+
+
+def test_every_number_of_ranks_is_tried():
+    """One that the standard does not know too, and none at all is refused."""
+    tried = []
+    asked = SimpleNamespace(
+        fixturenames=["size", "accumulation"], parametrize=lambda names, values: tried.extend(values)
+    )
+    subclass(ranks=(3, 2, 5), except_for={"ranks": WHY})().pytest_generate_tests(asked)
+    assert tried == [(3, 3), (2, 1), (5, 3)]
+    with pytest.raises(ValueError, match=r"make 3 ranks, of which none of ranks = \(1, 2, 4\) is a multiple"):
+        subclass(recipe={"parallel": {"data_parallel_shard": 3}}).sizes()
+    with pytest.raises(pytest.skip.Exception, match=f"needs several ranks: {WHY}"):
+        subclass(ranks=(1,), except_for={"ranks": WHY}).several()
 
 
 def test_sizes_follow_the_degrees():
@@ -159,9 +173,6 @@ def test_optimizers_forwards_and_threads_are_seen():
     assert leftovers.left(model, (), optimizer) == []
     model.forward = nothing
     assert leftovers.left(model) == ["module '' has a forward of its own"]
-    handle = nn.modules.module.register_module_forward_hook(nothing)
-    assert len(leftovers.left(model)) == 2
-    handle.remove()
     before, stop = threading.enumerate(), threading.Event()
     thread = threading.Thread(target=stop.wait, name="late")
     thread.start()
@@ -171,23 +182,54 @@ def test_optimizers_forwards_and_threads_are_seen():
     assert leftovers.threads_beside(before) == []
 
 
-OWN = {name: getattr(ops.Ops(), name) or kernels.EAGER[name] for name in kernels.ARGUMENTS}
+EVERYWHERE = {
+    "forward hooks": nn.modules.module.register_module_forward_hook,
+    "forward pre hooks": nn.modules.module.register_module_forward_pre_hook,
+    "backward hooks": nn.modules.module.register_module_full_backward_hook,
+    "buffer registration hooks": nn.modules.module.register_module_buffer_registration_hook,
+    "module registration hooks": nn.modules.module.register_module_module_registration_hook,
+    "parameter registration hooks": nn.modules.module.register_module_parameter_registration_hook,
+    "optimizer pre hooks": register_optimizer_step_pre_hook,
+    "optimizer post hooks": register_optimizer_step_post_hook,
+}
 
 
-@pytest.mark.parametrize("op", OWN)
-def test_torchs_own_form_of_each_operation_is_within_the_bounds(op):
-    kernel = Kernel(op, "torch", lambda: {op: OWN[op]})
-    for dtype in kernels.BOUNDS:
-        assert kernels.faults(kernel, None, dtype, "cpu") == []
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_hook_on_everything_is_seen_until_it_is_removed(name):
+    before = leftovers.everywhere()
+    handle = EVERYWHERE[name](nothing)
+    (line,) = leftovers.everywhere() - before
+    assert line.startswith(f"global_{name.replace(' ', '_')} on every ")
+    handle.remove()
+    assert leftovers.everywhere() == before
 
 
-@pytest.mark.parametrize("op", OWN)
-def test_a_part_in_a_thousand_is_found_in_each_operation(op):
-    def wrong(*arguments):
-        made = OWN[op](*arguments)
-        return tuple(each * 1.001 for each in made) if isinstance(made, tuple) else made * 1.001
+def test_modes_of_the_process_and_classes_of_modules_are_seen():
+    before = leftovers.everywhere()
+    for mode, line in ((torch.no_grad(), "gradients: False"), (torch.autocast("cpu"), "autocast on the CPU: True")):
+        with mode:
+            assert leftovers.everywhere() - before == {line}
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), name="stays")
+    process.start()
+    assert leftovers.everywhere() - before == {"process 'stays'"}
+    process.kill()
+    process.join()
+    assert leftovers.everywhere() == before
+    model, fresh = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    assert leftovers.changed(model, fresh) == []
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert leftovers.changed(model, fresh) == ["module '0' is a ParametrizedLinear, and was a Linear"]
 
-    found = kernels.faults(Kernel(op, "off", lambda: {op: wrong}), None, torch.float32, "cpu")
-    leaves = kernels.ARGUMENTS[op]()[1]
-    outputs = 2 if op in ("add_rms_norm", "rope") else 1
-    assert len(found) == outputs + len(leaves), found
+
+@pytest.mark.parametrize(
+    ("hooks", "resources", "said"),
+    [
+        ({"kernels", "bind"}, set(), ["it implements kernels, as kind 'kernel' does"]),
+        ({"optimizer"}, {"gradient.reduce"}, ["it implements optimizer, as kind", "it claims gradient.reduce, as"]),
+        ({"rewrite"}, {"module.implementation"}, []),
+    ],
+)
+def test_an_observer_is_one(hooks, resources, said):
+    found = rules.more_than("observer", hooks, resources)
+    assert len(found) == len(said) and all(map(str.startswith, found, said))
+    assert rules.more_than("sharder", hooks, resources) == []

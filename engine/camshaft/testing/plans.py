@@ -15,22 +15,32 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+RANK = ("RANK", "LOCAL_RANK")
+"""Variables that tell a process which rank it is."""
+
 
 def main(path: str, sizes: Sequence[str]) -> None:
-    """Print plans and the whole of ``camshaft plan``, made twice for each size."""
+    """Print plans and the whole of ``camshaft plan`` for each size: as the rank that the environment tells,
+    as each rank, and as the first one again.
+    """
     from camshaft.cli import run
     from camshaft.recipe import check, load
 
     found: dict[str, Any] = {}
     environment, files = dict(os.environ), sorted(map(str, Path().iterdir()))
     for size in sizes:
-        texts = []
-        for _ in range(2):
+        texts, own = [], {key: os.environ.pop(key) for key in RANK if key in os.environ}
+        first = own.get("RANK", "0")
+        for rank in (first, *map(str, range(int(size))), first):
+            os.environ |= dict.fromkeys(RANK, rank)
             checked = check(load(path, world_size=int(size)), int(size), device="any")
             shown = io.StringIO()
             with redirect_stdout(shown):
                 status = run(["plan", path, "--world-size", size])
             texts.append([str(status), *map(str, checked.problems), repr(checked.plans), shown.getvalue()])
+        for key in RANK:
+            os.environ.pop(key, None)
+        os.environ |= own
         found[size] = texts
     torch = sorted({"torch", "deepspeed"} & sys.modules.keys())
     clean = environment == dict(os.environ) and files == sorted(map(str, Path().iterdir()))

@@ -24,16 +24,17 @@ import pytest
 
 from camshaft.errors import RecipeError
 from camshaft.host import Host, plugin_class
+from camshaft.recipe import check
 from camshaft.testing.conformance import rules
 from camshaft.testing.conformance.companions import shipped
-from camshaft.testing.conformance.trial import STEPS, Trial, merge, write_corpus
-from camshaft.testing.plans import planned
+from camshaft.testing.conformance.trial import STEPS, Refused, Trial, merge, write_corpus
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from camshaft.models.llama import Llama
     from camshaft.recipe import Resolved
+    from camshaft.testing.conformance.kernels import References
     from camshaft.testing.conformance.runs import Ran
     from camshaft.testing.record import StepRecord
 
@@ -46,8 +47,9 @@ BOUNDS = {
 """Worst relative deviations that are noise: of sums in another order, in each precision."""
 DIVIDING = ("split", "shard_compute", "shard_storage")
 """Hooks of plugins that divide something."""
-QUICK = ((1, 3), (2, 1), (4, 3))
-"""(processes, microbatches) of parity where CAMSHAFT_FULL_CONFORMANCE is not set."""
+MICROBATCHES = (1, 3)
+QUICK = {2: (1,)}
+"""Processes to microbatches of parity where CAMSHAFT_FULL_CONFORMANCE is not set; the last of all for other numbers."""
 _references: dict[str, list[StepRecord]] = {}
 _inspected: dict[type, list[Ran]] = {}
 
@@ -78,7 +80,8 @@ class Conformance:
     """Microbatches that a schedule is made for."""
     except_for: ClassVar[Mapping[str, str]] = {}
     """Name of a standard test, of a setting (``ranks``, ``bounds``, ``compute``, ``max_norm``, ``microbatches``) or of
-    what tests are made of (``check_parity``, ``sizes``, ...), to the reason why it is not as it is."""
+    what tests are made of (``check_parity``, ``sizes``, ...), to the reason why it is not as it is. Without a number
+    of ranks above 1 tests that need several are skipped."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -98,13 +101,19 @@ class Conformance:
         """Factor on the learning rate in the plain process."""
         return 1.0
 
+    def reference_kernels(self) -> References:
+        """Operation that ``camshaft.ops`` has not to its arguments and plain form, for a plugin that offers one."""
+        return {}
+
     # What tests are made of.
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Called by pytest: one test for each number of processes and microbatches."""
+        """Called by pytest: one test for each number of processes and microbatches, or for each neighbour."""
         if "accumulation" in metafunc.fixturenames:
-            both = [(size, count) for size in self.sizes() for count in (1, 3)]
-            metafunc.parametrize("size, accumulation", both if _full() else [p for p in both if p in QUICK])
+            counts = {size: MICROBATCHES if _full() else QUICK.get(size, MICROBATCHES[-1:]) for size in self.sizes()}
+            metafunc.parametrize("size, accumulation", [(size, each) for size in counts for each in counts[size]])
+        if "neighbour" in metafunc.fixturenames:
+            metafunc.parametrize("neighbour", self.neighbours())
 
     @pytest.fixture
     def trial(self, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Trial:
@@ -115,11 +124,26 @@ class Conformance:
 
     @classmethod
     def sizes(cls) -> list[int]:
-        """Numbers of processes that the recipe's own degrees divide."""
-        degrees = cls.recipe.get("parallel", {})
-        fixed = degrees.get("tensor_parallel", 1) * degrees.get("pipeline_parallel", 1)
-        shard = degrees.get("data_parallel_shard") or 1
-        return [size for size in cls.ranks if size % (fixed * shard) == 0]
+        """Numbers of processes that the recipe's own degrees divide.
+
+        Raises:
+            ValueError: there is none, and so nothing would be tried.
+        """
+        found = [size for size in cls.ranks if size % rules.fixed(cls.recipe) == 0]
+        if not found:
+            raise ValueError(
+                f"{cls.__name__}: the degrees of its recipe make {rules.fixed(cls.recipe)} ranks, of which none of "
+                f"ranks = {cls.ranks} is a multiple"
+            )
+        return found
+
+    @classmethod
+    def several(cls) -> int:
+        """The fewest processes that are more than one; skips where there are none."""
+        found = [size for size in cls.sizes() if size > 1]
+        if not found:
+            pytest.skip(f"needs several ranks: {cls.except_for.get('ranks', 'there is no such number')}")
+        return min(found)
 
     def reference(self, trial: Trial, resolved: Resolved, **changes: Any) -> list[StepRecord]:
         """Records of one plain process for ``resolved``; made once for each."""
@@ -184,23 +208,21 @@ class Conformance:
             trial.resolve(min(self.sizes()), plugins={self.plugin: {"no_such_key": 1}})
 
     def test_plan_is_pure_and_needs_no_torch(self, trial: Trial) -> None:
-        """Asked twice, on other ranks, in another order, with other hash seeds: the same plan, and nothing else."""
-        path = trial.resolve(max(self.sizes())).path
-        sizes = self.sizes()
-        one = planned(path, sizes, trial.folder / "one", RANK="0", LOCAL_RANK="0", PYTHONHASHSEED="1")
-        two = planned(path, sizes[::-1], trial.folder / "two", RANK="1", LOCAL_RANK="1", PYTHONHASHSEED="2")
-        for found in (one, two):
-            assert found["imported"] == [], "plan must import neither torch nor what needs it"
-            assert found["clean"], "plan must write no file and change no variable of the environment"
-            assert all(first == second for first, second in found["plans"].values()), "asked twice, two answers"
-        assert one["plans"] == two["plans"], "ranks plan differently"
+        """Asked twice, on each rank, in another order, with other hash seeds: the same plan, and nothing else."""
+        from camshaft.testing.conformance.pure import check_plan
 
-    def test_hooks_match_their_specs(self) -> None:
-        """Names and parameters of hooks are known, and every hook is marked."""
+        check_plan(trial, self.sizes())
+
+    def test_hooks_match_their_specs(self, trial: Trial) -> None:
+        """Names and parameters of hooks are known, every hook is marked, and none is for another kind of plugin."""
         made = plugin_class(self.plugin)
         host = Host({self.plugin: made(self._options())})
         hooks = [name for name in vars(host.manager.hook) if not name.startswith("_")]
-        assert any(host.implementations(hook) for hook in hooks), "a plugin without hooks can do nothing"
+        found = {hook for hook in hooks if host.implementations(hook)}
+        assert found, "a plugin without hooks can do nothing"
+        plan = check(trial.resolve(min(self.sizes())), min(self.sizes()), device="cpu").plans.get(self.plugin)
+        resources = {claim.resource for claim in plan.claims} if plan is not None else set()
+        assert rules.more_than(self.kind, found, resources) == [], "other tests are there for such a plugin"
 
     def _options(self) -> Any:
         section = self.recipe.get("plugins", {}).get(self.plugin, {})
@@ -213,19 +235,18 @@ class Conformance:
         resolved = trial.resolve(size, accumulation)
         self.check_parity(trial, resolved, record_ranks(resolved, size))
 
-    def test_equals_the_reference_beside_others(self, trial: Trial) -> None:
-        """With every shipped plugin that claims allow beside it; by default those that divide something."""
+    def test_equals_the_reference_beside_others(self, trial: Trial, neighbour: str) -> None:
+        """With a shipped plugin beside it; skipped, with the reason, where claims do not allow both."""
         from camshaft.testing.run import record_ranks
 
-        for name in self.neighbours():
-            found = trial.beside(name, min(size for size in self.sizes() if size > 1))
-            if found is None:
-                continue
-            resolved, size = found
-            try:
-                self.check_parity(trial, resolved, record_ranks(resolved, size))
-            except AssertionError as error:
-                raise AssertionError(f"beside '{name}' on {size} ranks: {error}") from error
+        try:
+            resolved, size = trial.beside(neighbour, self.several())
+        except Refused as reason:
+            pytest.skip(f"cannot be beside '{neighbour}': {reason}")
+        try:
+            self.check_parity(trial, resolved, record_ranks(resolved, size))
+        except AssertionError as error:
+            raise AssertionError(f"beside '{neighbour}' on {size} ranks: {error}") from error
 
     def neighbours(self) -> list[str]:
         """Shipped plugins to stand beside; all of them with CAMSHAFT_FULL_CONFORMANCE=1."""
@@ -264,7 +285,7 @@ class Conformance:
         from camshaft.testing.conformance import runs
         from camshaft.testing.ranks import run_ranks
 
-        size = min(size for size in self.sizes() if size > 1)
+        size = self.several()
         variant = runs.Variant(unused=not self.recipe.get("parallel"))
         resolved = trial.resolve(size)
         ranks = run_ranks(size, runs.varied, resolved, variant.unused, timeout_s=120)
@@ -279,11 +300,11 @@ class Conformance:
 
         assert unsound(trial, self.microbatches) == []
 
-    def test_kernels_match_fp64(self, trial: Trial) -> None:
-        """Forward and backward of each kernel that can be used on this machine."""
+    def test_kernels_match_fp64(self, trial: Trial, record_property: Callable[[str, object], None]) -> None:
+        """Forward and backward, or steps, of everything that is offered for this machine; reports tell what that is."""
         from camshaft.testing.conformance.offered import check_kernels
 
-        check_kernels(self.plugin, self._options(), trial)
+        check_kernels(self.plugin, self._options(), trial, self.reference_kernels(), record_property)
 
 
 def _full() -> bool:

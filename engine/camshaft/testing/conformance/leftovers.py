@@ -1,4 +1,5 @@
-"""What a closed run has left behind: hooks on modules and tensors, forwards of instances, threads.
+"""What a closed run has left behind: hooks on modules and tensors, forwards and classes of instances, hooks and modes
+of the whole process, threads and processes.
 
 torch has no public way to list hooks; the names of the dictionaries that it keeps them in are in this file alone, and
 ``tests/conformance/test_leftovers.py`` sees to it that each of them still catches its hook.
@@ -6,6 +7,8 @@ torch has no public way to list hooks; the names of the dictionaries that it kee
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 
@@ -25,14 +28,16 @@ OPTIMIZER = (
 )  # fmt: skip
 GLOBAL = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+    "_global_buffer_registration_hooks", "_global_module_registration_hooks", "_global_parameter_registration_hooks",
 )  # fmt: skip
+OPTIMIZERS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 OF_LIBRARIES = frozenset({"tqdm_monitor"})
 """Threads that a library keeps for the life of the process, whoever used it first."""
 
 
 def left(model: Module, tensors: Iterable[Tensor] = (), optimizer: Optimizer | None = None) -> list[str]:
-    """One line for everything that is still installed on the model, on ``tensors`` and in torch itself."""
+    """One line for everything that is still installed on the model, on ``tensors`` and on the optimizer."""
     found: list[str] = []
     for name, module in model.named_modules():
         found += _hooks(module, MODULE, f"module '{name}'")
@@ -42,7 +47,31 @@ def left(model: Module, tensors: Iterable[Tensor] = (), optimizer: Optimizer | N
         found += _hooks(tensor, TENSOR, label)
     if optimizer is not None:
         found += _hooks(optimizer, OPTIMIZER, "the optimizer")
-    return found + _hooks(torch.nn.modules.module, GLOBAL, "every module")
+    return found
+
+
+def changed(model: Module, fresh: Module) -> list[str]:
+    """Modules of ``model`` that are of another class than in ``fresh``, the model before anybody changed it."""
+    before = dict(fresh.named_modules())
+    return [
+        f"module '{name}' is a {type(module).__name__}, and was a {type(before[name]).__name__}"
+        for name, module in model.named_modules()
+        if name in before and type(module) is not type(before[name])
+    ]
+
+
+def everywhere() -> set[str]:
+    """Lines for what holds in the whole process: hooks on every module and optimizer, torch's modes, processes."""
+    found = _hooks(torch.nn.modules.module, GLOBAL, "every module")
+    found += _hooks(sys.modules[Optimizer.__module__], OPTIMIZERS, "every optimizer")
+    found += [f"process '{each.name}'" for each in multiprocessing.active_children()]
+    modes = {
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast on the CPU": torch.is_autocast_enabled("cpu"),
+        "detection of anomalies": torch.is_anomaly_enabled(),
+    }
+    return {*found, *(f"{name}: {value}" for name, value in modes.items())}
 
 
 def threads_beside(before: Collection[threading.Thread]) -> list[str]:

@@ -23,7 +23,8 @@ def check_resume(case: Conformance, trial: Trial) -> None:
     """Three runs: undisturbed, stopped and continued on as many ranks, continued on another number of ranks."""
     sizes = case.sizes()
     size = min((each for each in sizes if each > 1), default=sizes[0])
-    undisturbed = _run(_recipe(trial, size, "undisturbed"), size)
+    resolved = _recipe(trial, size, "undisturbed")
+    undisturbed = _run(resolved, size)
     first = _run(_recipe(trial, size, "stopped"), size, HALF)
     assert [record.step for record in first[0].records] == [*range(1, HALF + 1)]
     others = [each for each in sizes if each != size][:1]
@@ -31,8 +32,10 @@ def check_resume(case: Conformance, trial: Trial) -> None:
         shutil.copytree(trial.folder / "stopped", trial.folder / f"stopped{other}")
     second = _run(_recipe(trial, size, "stopped"), size)
     assert [record.step for record in second[0].records] == [*range(HALF + 1, STEPS + 1)], "it did not go on"
-    assert_bit_equal(second[0].records, undisturbed[0].records[HALF:])
-    assert second[0].kept == undisturbed[0].kept, "what plugins keep differs from that of an undisturbed run"
+    for rank, (again, wanted) in enumerate(zip(second, undisturbed, strict=True)):
+        assert_bit_equal(again.records, wanted.records[HALF:])
+        assert again.kept == wanted.kept, f"what plugins keep differs from that of an undisturbed run, on rank {rank}"
+    case.check_parity(trial, resolved, [ran.records for ran in undisturbed])
     for other in others:
         resolved = _recipe(trial, other, f"stopped{other}")
         third = _run(resolved, other)

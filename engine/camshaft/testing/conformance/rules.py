@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import getattr_static
+from math import prod
 from typing import Any
 
 KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
@@ -15,8 +16,32 @@ ONLY = {
 """Tests that are for some kinds alone; all others are for every plugin."""
 SETTINGS = ("ranks", "bounds", "compute", "max_norm", "microbatches")
 """Attributes that weaken tests where they are not the standard's, and so need a reason too."""
-PARTS = ("check_parity", "inspected", "limits", "neighbours", "reference", "sizes", "trial", "pytest_generate_tests")
+PARTS = (
+    "check_parity", "inspected", "limits", "neighbours", "reference", "several", "sizes", "trial",
+    "pytest_generate_tests", "_optimizer", "_options", "_own_reference",
+)  # fmt: skip
 """What standard tests are made of: who puts something else in its place has changed all tests that use it."""
+
+OF_OTHERS = {"kernels": "kernel", "optimizer": "optimizer", "schedule": "schedule"}
+"""Hook to the kind of plugins that have it."""
+DIVIDED = ("gradient.reduce", "gradient.layout", "parameter.layout", "optimizer.layout")
+"""Resources of reducers and sharders."""
+
+
+def more_than(kind: str, hooks: Iterable[str], resources: Iterable[str]) -> list[str]:
+    """What of a plugin has tests of its own, of which an ``observer``, which it is said to be, has none."""
+    if kind != "observer":
+        return []
+    own = [f"it implements {hook}, as kind '{OF_OTHERS[hook]}' does" for hook in sorted(hooks) if hook in OF_OTHERS]
+    claims = [f"it claims {each}, as 'reducer' or 'sharder' does" for each in sorted(resources) if each in DIVIDED]
+    return own + claims
+
+
+def fixed(recipe: Mapping[str, Any]) -> int:
+    """Ranks that the degrees of ``recipe`` multiply to, without data ranks that nobody has said the number of."""
+    degrees = recipe.get("parallel", {})
+    names = ("tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel_shard")
+    return prod(degrees.get(name) or 1 for name in names)
 
 
 def apply(cls: type[Any], standard: type[Any]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.recipe import check
 from camshaft.rundir import RunDirectory
-from camshaft.testing.conformance.leftovers import left, threads_beside
+from camshaft.testing.conformance.leftovers import changed, everywhere, left, threads_beside
 from camshaft.testing.conformance.touched import watched
 from camshaft.testing.record import Probe, StepRecord
 from camshaft.testing.run import Quiet
@@ -98,7 +98,7 @@ def trained(rank: int, world_size: int, resolved: Resolved, last: int | None = N
 
 def inspected(rank: int, world_size: int, resolved: Resolved, plugin: str) -> Ran:
     """Train to the end, and look at what the kit's promises are about."""
-    before = threading.enumerate()
+    before, process = threading.enumerate(), everywhere()
     plan = check(resolved, world_size, device="cpu").plans.get(plugin, Plan())
     probe, stop = Probe(), Stops(None)
     with watched(plugin, plan) as touched:
@@ -107,8 +107,10 @@ def inspected(rank: int, world_size: int, resolved: Resolved, plugin: str) -> Ra
         state = trainer.state
         foreign = None if hasattr(trainer.host.plugins.get(plugin), "optimizer") else state.optimizer
         remains = left(state.model, state.world.parts.tensors, foreign)
-    own = left(_fresh(trainer))  # the model's own hooks are no plugin's
-    remains = [line for line in remains if line not in own]
+    fresh = _fresh(trainer)
+    own = left(fresh)  # the model's own hooks are no plugin's
+    remains = [line for line in remains if line not in own] + changed(state.model, fresh)
+    remains += sorted(everywhere() - process)
     return Ran(probe.records, {}, list(calls), remains + threads_beside(before), list(touched))
 
 
@@ -136,14 +138,17 @@ def _session(resolved: Resolved, rank: int, world_size: int, observers: Mapping[
 def _counted() -> Iterator[list[str]]:
     """Names of hooks that are called through pluggy inside."""
     calls: list[str] = []
-    original = pluggy.HookCaller.__call__
-
-    def noting(self: pluggy.HookCaller, **arguments: object) -> Any:
-        calls.append(self.name)
-        return original(self, **arguments)
-
-    pluggy.HookCaller.__call__ = noting  # type: ignore[method-assign]
-    try:
+    with ExitStack() as stack:
+        for name in ("__call__", "call_extra"):
+            original = getattr(pluggy.HookCaller, name)
+            stack.callback(setattr, pluggy.HookCaller, name, original)
+            setattr(pluggy.HookCaller, name, _noting(original, calls))
         yield calls
-    finally:
-        pluggy.HookCaller.__call__ = original  # type: ignore[method-assign]
+
+
+def _noting(original: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
+    def noted(self: pluggy.HookCaller, *arguments: object, **named: object) -> Any:
+        calls.append(self.name)
+        return original(self, *arguments, **named)
+
+    return noted

@@ -6,7 +6,6 @@ embeddings, clipping that is active in every step, a last window that is short.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import random
@@ -69,6 +68,10 @@ def merge(*trees: Tree) -> dict[str, Any]:
     return found
 
 
+class Refused(Exception):
+    """Two plugins cannot be in one recipe, and why."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """Makes recipes around one plugin: ``fragment`` is the author's part of them."""
@@ -98,18 +101,26 @@ class Trial:
                 return complete
         raise RecipeError(problems)
 
-    def beside(self, other: str, ranks: int = 2, accumulation: int = 3) -> tuple[Resolved, int] | None:
+    def beside(self, other: str, ranks: int = 2, accumulation: int = 3) -> tuple[Resolved, int]:
         """The recipe with plugin ``other`` beside, and on how many ranks: twice ``ranks`` where ``other`` needs an axis
-        of its own. None where it is refused.
+        of its own.
+
+        Raises:
+            Refused: no recipe has both, as far as options can be guessed.
         """
         free = [degrees for degrees in AXES if not set(degrees) & set(self.fragment.get("parallel", {}))]
-        with contextlib.suppress(ValueError):  # it needs options that nobody can guess
-            for section, degrees in itertools.product(sections(other), free):
-                many = ranks * (2 if degrees else 1)
-                with contextlib.suppress(RecipeError):
-                    plugins = {other: dict(section)}
-                    return self.resolve(many, accumulation, plugins=plugins, parallel=dict(degrees)), many
-        return None
+        try:
+            guessed = list(sections(other))
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        reasons: dict[str, None] = {}
+        for section, degrees in itertools.product(guessed, free):
+            many = ranks * (2 if degrees else 1)
+            try:
+                return self.resolve(many, accumulation, plugins={other: dict(section)}, parallel=dict(degrees)), many
+            except RecipeError as error:
+                reasons |= {problem.message: None for problem in error.problems[:1]}
+        raise Refused("; ".join(reasons))
 
     def alone(self, resolved: Resolved) -> Resolved:
         """The recipe of one plain process: optimizer and precision of ``resolved``, without anything that divides."""
