@@ -10,7 +10,8 @@ the engine's own, and kernels that draw without telling torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -89,6 +90,24 @@ class Drawing:
         made: Tensor = plain(hidden) if share is None else masked(F.dropout, hidden, module.p, share, module.inplace)
         return made
 
+    def end_window(self, pieces: Iterable[str]) -> None:
+        """The first window is over. ``pieces``: names of modules that are compiled from now on.
+
+        Raises:
+            RecipeError: one of them would be traced in the mode, which no compiler follows reliably.
+        """
+        self.watching = False
+        for name, piece in itertools.product(sorted(self._seen), sorted(pieces)):
+            if f"{name}.".startswith(f"{piece}.") or not name or piece.startswith(f"{name}."):
+                raise RecipeError(
+                    Problem(
+                        f"{_told(name)} draws random numbers with functions where ranks have parts of what one process "
+                        f"has, and '{piece}' is compiled: a compiler does not follow what makes them right",
+                        key=self.key,
+                        fix=f"draw them with a torch.nn.Dropout that {self.key}.plan knows, or do not compile that",
+                    )
+                )
+
     def noticed(self) -> None:
         """The module that runs may draw: it stays in the mode."""
         if self.divided:
@@ -141,9 +160,8 @@ class Drawing:
         off = f", or set {self.key}.sequence_parallel=false" if sequence else ""
         return RecipeError(
             Problem(
-                f"{f'module {name!r}' if name else 'the model itself'} draws random numbers with "
-                f"{resolve_name(function)}, where ranks have parts of what one process has ({why}): they would not be "
-                "those of one process",
+                f"{_told(name)} draws random numbers with {resolve_name(function)}, where ranks have parts of what one "
+                f"process has ({why}): they would not be those of one process",
                 key=self.key,
                 fix=f"draw them with a torch.nn.Dropout that {self.key}.plan knows (inner for a rank's own features or "
                 f"heads, outer for what is between regions), or as noise like a tensor, with randn_like{off}",
@@ -156,6 +174,10 @@ class Drawing:
         if self._device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self._device))
         return states
+
+
+def _told(name: str) -> str:
+    return f"module '{name}'" if name else "the model itself"
 
 
 class _Mode(TorchFunctionMode):

@@ -26,8 +26,9 @@ def places(plan: StylePlan, model: nn.Module, line: Line) -> dict[str, Place]:
         kind = None if style is None else style.kind
         if kind not in (None, "region", "inner", "outer") or not may_draw(module):
             continue
-        inside = plan.region(name) and kind != "outer"
-        if inside or line.sequence:
+        region = plan.region(name)
+        inside = region and kind != "outer"
+        if region or line.sequence:
             heads = _heads(plan, model, _region(plan, name), line) if inside else None
             found[name] = Place(name, inside, heads, told=kind == "inner")
         else:

@@ -38,6 +38,7 @@ class Sharding:
         check(self.plan, model, world, plugin, sequence=self.line.sequence)
         styles = {name: (module, self.plan.style(name)) for name, module in model.named_modules()}
         self._installed = Installed(self.line, overlap=options.overlap)
+        self._pieces = world.pieces
         self._drawing = Drawing(Shares(self.line), world.device, f"plugins.{plugin}")
         for name, place in places(self.plan, model, self.line).items():
             self._installed.draw(styles[name][0], place, self._drawing)
@@ -60,7 +61,8 @@ class Sharding:
 
     def end_window(self) -> None:
         """Regions may do from now on what they learned, and draws that nobody understands were refused by now."""
-        self._drawing.watching = False
+        if self._drawing.watching:
+            self._drawing.end_window(self._pieces)
         for each in self._installed.ahead:
             each.end_window()
 

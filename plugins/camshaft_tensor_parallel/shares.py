@@ -4,6 +4,7 @@ ranks have the same numbers in it, which they ask one another once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +67,7 @@ class Stretch:
     total: int
 
     def blank(self, own: Tensor, value: float) -> Tensor:
-        """What all ranks have, full of ``value``, with its dimensions in ``own``'s order in memory: torch draws in it."""
+        """What all ranks have, full of ``value``, with dimensions in memory as those of ``own``: torch draws so."""
         shape = (*own.shape[: self.dimension], self.total, *own.shape[self.dimension + 1 :])
         return _ordered(own.new_full(shape, value), own)
 
@@ -145,12 +146,11 @@ class Shares:
                 return None
             if not place.told:
                 raise Unclear("all ranks have one and the same number in all of it, so nobody sees what is divided")
+            numbers = [(float(rank),) for rank in range(self.line.size)]
         elif not place.inside:
             raise Unclear("ranks have other numbers in it, so each has a part of it, outside of every region")
-        elif len(set(numbers)) < len(numbers):
-            raise Unclear("some ranks have the same part of it, and others another one")
         dimension = self._dimension(tuple(own.shape), place)
-        return self._stretch(dimension, own.shape[dimension], own.device)
+        return self._stretch(dimension, own, numbers)
 
     def _dimension(self, shape: tuple[int, ...], place: Place) -> int:
         """Along which ``shape`` of a rank's features or heads is divided."""
@@ -177,9 +177,15 @@ class Shares:
         sums[line.rank, 1] = own[..., ::2].sum(dtype=torch.float64)
         return [tuple(each) for each in line.all_reduce(sums, "forward").tolist()]
 
-    def _stretch(self, dimension: int, width: int, device: torch.device) -> Stretch:
+    def _stretch(self, dimension: int, own: Tensor, numbers: Sequence[object]) -> Stretch:
+        """Ranks have their parts in order; neighbours may have the same one (key/value heads)."""
         line = self.line
-        widths = torch.zeros(line.size, dtype=torch.int64, device=device)
-        widths[line.rank] = width
+        firsts = [rank for rank in range(line.size) if rank == 0 or numbers[rank] != numbers[rank - 1]]
+        if len(firsts) > len(set(numbers)):
+            raise Unclear("ranks that are no neighbours have the same part of it")
+        widths = torch.zeros(line.size, dtype=torch.int64, device=own.device)
+        widths[line.rank] = own.shape[dimension]
         found: list[int] = line.all_reduce(widths, "forward").tolist()
-        return Stretch(dimension, sum(found[: line.rank]), width, sum(found))
+        mine = max(first for first in firsts if first <= line.rank)
+        start, total = sum(found[first] for first in firsts if first < mine), sum(found[first] for first in firsts)
+        return Stretch(dimension, start, own.shape[dimension], total)

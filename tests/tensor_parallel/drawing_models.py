@@ -81,10 +81,13 @@ class Drawing(nn.Module):
         self.loss = TokenLoss()
 
     def forward(self, batch):
-        hidden = F.dropout(self.table(batch.tokens), 0.1, self.training)
+        hidden = self.embedded(batch.tokens)
         for block in self.blocks:
             hidden = block(hidden)
         return self.loss(self.head(hidden), batch.labels)
+
+    def embedded(self, tokens):
+        return F.dropout(self.table(tokens), 0.1, self.training)
 
 
 class Modules(nn.Module):
@@ -111,6 +114,30 @@ class Heads(Attend):
 
 class DropsHeads(Drawing):
     block = Modules
+
+    def embedded(self, tokens):
+        return self.table(tokens)
+
+
+class Shared(Heads):
+    """Two key/value heads, which ranks may have to share, dropped by a function."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.k, self.v = Linear(width, 8, 0.1), Linear(width, 8, 0.1)
+
+    def forward(self, hidden):
+        q, k, v = (layer(hidden).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k = F.dropout(k, 0.3, self.training)
+        k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+        return self.late(self.out((q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).flatten(2)))
+
+
+class SharesHeads(DropsHeads):
+    class block(Modules):
+        def __init__(self, width, inner):
+            super().__init__(width, inner)
+            self.attend = Shared(width)
 
 
 MODULES = {

@@ -43,6 +43,26 @@ def test_modules_that_drop_heads(make_recipe, tensor):
     check(train(make_recipe, 2, builds(models.DropsHeads), tensor={**tensor, "plan": models.MODULES}, **SIZES), wanted)
 
 
+def test_heads_that_ranks_share_and_uneven_features(make_recipe):
+    """Four ranks: two of them have the same key head, each has one query head, and 22 features are never even."""
+    plan = {**models.MODULES, "blocks.*.attend.[kv]": "shared:4"}
+    wanted = train(make_recipe, 1, builds(models.SharesHeads), **SIZES)[0]
+    check(train(make_recipe, 4, builds(models.SharesHeads), tensor={"plan": plan}, **SIZES), wanted)
+    wanted = train(make_recipe, 1, builds(), **SIZES)[0]
+    check(train(make_recipe, 4, builds(), tensor={**SEQUENCE, "plan": models.PLAN}, **SIZES), wanted)
+
+
+@pytest.mark.parametrize("tensor", [{}, SEQUENCE], ids=["whole", "sequence"])
+def test_compiled_modules(make_recipe, tensor):
+    """Modules that drop are compiled with the rest; functions are refused there before the first step."""
+    compiled = {"compile": {"backend": "aot_eager", "modules": ["blocks.*"], "strict": True}}
+    wanted = train(make_recipe, 1, builds(models.DropsHeads), **SIZES)[0]
+    tensor = {**tensor, "plan": models.MODULES}
+    check(train(make_recipe, 2, builds(models.DropsHeads), tensor=tensor, plugins=compiled, **SIZES), wanted)
+    text = refusal(make_recipe, Builds(models.Drawing), {**tensor, "plan": models.PLAN}, compiled)
+    assert "and 'blocks.0' is compiled" in text
+
+
 @pytest.mark.parametrize("modules", [["blocks.*"], ["blocks.*.mix", "blocks.*.attend"]], ids=["blocks", "regions"])
 def test_recompute(make_recipe, modules):
     """What runs again draws again, for the whole."""
@@ -77,15 +97,15 @@ class NoStep(Plugin):
         raise AssertionError("steps were done")
 
 
-def refusal(make_recipe, draw, where, tensor):
+def refusal(make_recipe, builds, tensor, plugins=None):
     """What both ranks say before the first step."""
-    resolved = recipe(make_recipe, 2, tensor={**tensor, "plan": models.MIX}, **SIZES)
+    resolved = recipe(make_recipe, 2, tensor=tensor, plugins=plugins, **SIZES)
     with pytest.raises(RankFailed) as caught:
-        record_ranks(resolved, 2, {"builds": models.one(draw, where), "steps": NoStep()}, timeout_s=60)
+        record_ranks(resolved, 2, {"builds": builds, "steps": NoStep()}, timeout_s=60)
     text = str(caught.value)
     told = [line for line in text.splitlines() if "RecipeError: " in line and ": plugins.tensor_parallel: " in line]
     assert len(told) == 2 and "steps were done" not in text, text
-    assert "would not be those of one process. Fix: " in text and "torch.nn.Dropout" in text
+    assert "Fix: draw them with a torch.nn.Dropout" in text
     return text
 
 
@@ -117,7 +137,8 @@ CASES = {
 
 @pytest.mark.parametrize(("draw", "where", "tensor", "operation", "why"), CASES.values(), ids=CASES)
 def test_what_nobody_can_draw_is_refused_in_the_first_window(make_recipe, draw, where, tensor, operation, why):
-    text = refusal(make_recipe, draw, where, tensor)
+    text = refusal(make_recipe, models.one(draw, where), {**tensor, "plan": models.MIX})
+    assert "would not be those of one process. Fix: " in text
     assert operation in text and why in text, text
 
 
