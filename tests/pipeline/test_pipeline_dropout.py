@@ -4,6 +4,7 @@ import dropping_models as models
 import pipeline_runs as runs
 import pytest
 
+from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.ranks import RankFailed
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe_v"]
@@ -52,6 +53,48 @@ def test_beside_data_parallel(make_recipe):
     wanted = runs.record_ranks(runs.recipe(make_recipe, 2), 2, observers)[0]
     chosen = runs.recipe(make_recipe, 4, {"schedule": "1f1b"}, ranks=2)
     runs.assert_equal(chosen, 4, wanted, observers)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_beside_tensor_parallel(make_recipe, sequence):
+    """Stages whose ranks have parts of tokens draw for all of them; recomputed too."""
+    model = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    plan = {"model.embed_tokens": "outer", "model.embed_tokens.table": "embedding"}
+    plugins = {
+        "tensor_parallel": {"sequence_parallel": sequence, "plan": plan}, "recompute": {"mode": "full"}, "ddp": None,
+    }  # fmt: skip
+    degrees = {"pipeline_parallel": 2, "tensor_parallel": 2}
+    chosen = runs.recipe(make_recipe, 4, {"schedule": "zb_h1"}, ranks=2, model=model, plugins=plugins, parallel=degrees)
+    runs.assert_equal(chosen, 4, alone(make_recipe, model=model), {"builds": models.Builds()})
+
+
+class Losses(Plugin):
+    """Writes what evaluation finds into a file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    @hookimpl
+    def log(self, state, record):
+        if state.world.is_main and "eval/loss" in record:
+            with self.path.open("a") as file:
+                file.write(f"{record['eval/loss']!r}\n")
+
+
+def test_evaluation_draws_nothing(make_recipe, tmp_path):
+    """Before the first step, and between steps, on stages as in one process."""
+    training = {"max_steps": 2, "log_every": 1, "eval_every": 1, "eval_samples": 8}
+    found = []
+    for world_size, options in ((1, None), (2, {"schedule": "1f1b"})):
+        path = tmp_path / str(world_size)
+        resolved = runs.recipe(make_recipe, world_size, options)
+        data = resolved.tree["data"] | {"validation_fraction": 0.2}
+        resolved = runs.recipe(make_recipe, world_size, options, data=data, training=training)
+        runs.record_ranks(resolved, world_size, {"builds": models.Builds(), "losses": Losses(path)})
+        found.append([float(line) for line in path.read_text().splitlines()])
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
 
 
 def test_draws_between_layers_are_refused(make_recipe):
