@@ -18,7 +18,7 @@ from camshaft.cli import inventory
 from camshaft.cli.console import say
 from camshaft.errors import MachineError, is_out_of_memory
 from camshaft_kernels import table
-from camshaft_kernels.cases import HEAD, Call, Case, cases
+from camshaft_kernels.cases import HEAD, TIMED, Call, Case, cases
 from camshaft_kernels.limits import unusable
 from camshaft_kernels.offers import OFFERS, Offer
 from camshaft_kernels.sizes import UPDATES, device_of
@@ -37,9 +37,14 @@ def main(words: Sequence[str]) -> None:
     device = _device(options.device)
     path = Path(options.output) if options.output else table.place(device_of(device))
     partial = _place_for(path)
+    dtypes, chosen = tuple(options.dtype or DEFAULT_DTYPES), frozenset(options.op or ())
+    say(f"timing {', '.join(options.op or ['every operation'])} in {', '.join(dtypes)} on {_where(device)}")
     try:
-        made = measure(device, tuple(options.dtype or DEFAULT_DTYPES), frozenset(options.op or ()), options.seconds)
+        made = measure(device, dtypes, chosen, options.seconds)
         whole = _beside_earlier(made, path)
+        timed_ops = {row.op for row in made.rows}
+        for op in (op for op in OFFERS if op not in timed_ops and (op in chosen or not chosen)):
+            say(f"{op}: no row, {_why_none(op, device, dtypes[-1])}")
         if not made.rows:
             say("nothing to choose: no operation has two implementations here, and no table was written")
             return
@@ -70,6 +75,24 @@ def _place_for(path: Path) -> Path:
     except OSError as error:
         raise MachineError(f"{path} cannot be written: {error.strerror}. Give a file with --output") from error
     return partial
+
+
+def _where(device: torch.device) -> str:
+    """The machine in words, and why it is not a GPU where it is none."""
+    known = machine(device)
+    if device.type == "cuda":
+        return f"{known['name']}, torch {torch.__version__}"
+    gpu = "" if torch.cuda.is_available() else "; torch sees no GPU"
+    return f"the CPU ({known['name']}, threads: {known['threads']}, torch {torch.__version__}{gpu})"
+
+
+def _why_none(op: str, device: torch.device, dtype: str) -> str:
+    """Why ``op`` was not timed: by the providers that cannot be used."""
+    if op not in TIMED:
+        return "it is not timed alone: auto leaves it to the rules"
+    left = {offer.provider: unusable(offer, device, dtype, HEAD) for offer in OFFERS[op].values()}
+    reasons = dict.fromkeys(reason for reason in left.values() if reason is not None)
+    return "; ".join(reasons) or "what could be timed is told above"
 
 
 def _beside_earlier(made: Table, path: Path) -> Table:

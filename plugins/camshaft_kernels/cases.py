@@ -207,4 +207,5 @@ _BUILDERS: Mapping[str, tuple[Callable[[str, str, _Inputs, int, Any], Case], ...
     "adamw": (_update,),
     "grad_norm": (_update,),
 }
+TIMED = frozenset(_BUILDERS)
 """Operations of which there is more than one provider that can be timed alone."""

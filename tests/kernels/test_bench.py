@@ -24,7 +24,10 @@ def small(monkeypatch, tmp_path):
 def test_writes_the_table_that_auto_reads(tmp_path, capsys):
     assert run(["bench", "kernels", "--device", "cpu", "--seconds", "0", "--dtype", "fp32"]) == 0
     path = tmp_path / "camshaft" / "kernels" / "cpu.json"
-    assert str(path) in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("timing every operation in fp32 on the CPU (") and "threads: " in said[0]
+    assert ("torch sees no GPU" in said[0]) == (not torch.cuda.is_available())
+    assert any(str(path) in line for line in said)
     found = table.load("cpu")
     assert found.source == str(path) and torch.__version__.startswith(found.machine["torch"])
     rows = {(row.op, row.size): row for row in found.rows}
@@ -34,6 +37,18 @@ def test_writes_the_table_that_auto_reads(tmp_path, capsys):
     assert found.nearest("linear_cross_entropy", "fp32", 10**9).size == 64 * 50
     assert found.nearest("linear_cross_entropy", "bf16", 10**9) is None
     assert not any("triton" in row.ms for row in found.rows), "the interpreter is for tests"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they are timed on the GPU")
+def test_what_is_not_timed_is_told_with_the_reason(capsys):
+    words = ["bench", "kernels", "--seconds", "0", "--dtype", "fp32"]
+    assert run([*words, "--op", "rms_norm", "--op", "lamb", "--op", "linear_cross_entropy"]) == 0
+    first, *said = capsys.readouterr().out.splitlines()
+    assert first.startswith("timing rms_norm, lamb, linear_cross_entropy in fp32 on the CPU")
+    told = dict(line.split(": no row, ") for line in said if ": no row, " in line)
+    assert set(told) == {"rms_norm", "lamb"}
+    assert "'triton' needs a GPU, and this run is on a CPU; 'apex' needs a GPU" in told["rms_norm"]
+    assert told["lamb"] == "it is not timed alone: auto leaves it to the rules"
 
 
 def test_some_operations_to_a_file_of_ones_own(tmp_path, capsys):
