@@ -118,7 +118,7 @@ def _fresh(trainer: Trainer) -> Module:
     """The model as it was before any plugin changed it."""
     owner, state = trainer.host.owner("build_model"), trainer.state
     with torch.device("meta"):
-        model: Module = Llama(state.config) if owner is None else owner[1](state.world, state.config)
+        model: Module = Llama(state.config, state.world.ops) if owner is None else owner[1](state.world, state.config)
     return model
 
 
