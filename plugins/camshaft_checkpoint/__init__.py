@@ -26,6 +26,7 @@ import camshaft
 from camshaft.claims import Plan, PlanContext
 from camshaft.errors import MachineError
 from camshaft.plugin import hookimpl
+from camshaft.recipe.length import known_steps
 from camshaft_checkpoint.inspection import inspect, verify
 from camshaft_checkpoint.options import CheckpointOptions, problems
 
@@ -52,7 +53,7 @@ class Plugin(camshaft.Plugin):
     @hookimpl
     def plan(self, context: PlanContext) -> Plan:
         """Refuse options that would never save, or that contradict each other."""
-        return Plan(problems=tuple(problems(self.options, context.recipe.training, f"plugins.{self.name}")))
+        return Plan(problems=tuple(problems(self.options, known_steps(context.recipe), f"plugins.{self.name}")))
 
     @hookimpl
     def bind(self, state: State) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
 from camshaft.errors import Problem
 from camshaft.plugin import Options
-from camshaft.recipe.schema import Training
 
 
 class CheckpointOptions(Options):
@@ -36,8 +35,11 @@ class CheckpointOptions(Options):
     """What to do when a periodic checkpoint cannot be written (disk full): stop the run, or log it and go on."""
 
 
-def problems(options: CheckpointOptions, training: Training, key: str) -> Iterator[Problem]:
-    """Options that would do nothing or contradict each other; ``key`` is the plugin's place in the recipe."""
+def problems(options: CheckpointOptions, last: int | None, key: str) -> Iterator[Problem]:
+    """Options that would do nothing or contradict each other; ``key`` is the plugin's place in the recipe.
+
+    ``last``: step at which training ends, where that is known.
+    """
     every = options.every_steps
     if every is None and not options.save_at_end:
         yield Problem(
@@ -51,7 +53,6 @@ def problems(options: CheckpointOptions, training: Training, key: str) -> Iterat
             key=f"{key}.async",
             fix=f"set {key}.every_steps=100, or remove async",
         )
-    last = training.max_steps
     if every is not None and last is not None and every > last and not options.save_at_end:
         yield Problem(
             f"nothing would be saved: every_steps is {every}, training ends after {last}, and save_at_end is off",
@@ -65,7 +66,7 @@ def problems(options: CheckpointOptions, training: Training, key: str) -> Iterat
             key=f"{key}.keep_every",
             fix=f"set {key}.keep_every={(every or 100) * 10}" + ("" if every else f" and {key}.every_steps=100"),
         )
-    if options.resume not in ("auto", "never") and not Path(options.resume).is_dir():
+    if options.resume not in ("auto", "never") and not os.path.isdir(options.resume):  # noqa: PTH112  (any text)
         yield Problem(
             f"there is no folder {options.resume}",
             key=f"{key}.resume",

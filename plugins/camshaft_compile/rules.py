@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SPLIT_BACKWARD = frozenset({"zb_h1", "zbv", "dualpipe_v"})
 """Schedules of the plugin `pipeline` that put weight products off."""
+CUDA_GRAPHS = "cudagraphs"
+"""The backend that records graphs of torch's own kernels."""
 
 
 def problems(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
@@ -39,6 +41,8 @@ def problems(options: Options, context: PlanContext, key: str) -> Iterator[Probl
 
 
 def _of_options(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
+    if options.backend == CUDA_GRAPHS:
+        yield from _of_graphs(options, context, f"{key}.backend", f"{key}.backend=inductor")
     if options.backend != "inductor":
         for name in ("mode", "cuda_graphs", "cache_dir"):
             if name in options.model_fields_set:
@@ -48,25 +52,30 @@ def _of_options(options: Options, context: PlanContext, key: str) -> Iterator[Pr
                     fix=f"remove it, or set {key}.backend=inductor",
                 )
         return
-    if not options.cuda_graphs:
-        return
+    if options.cuda_graphs:
+        yield from _of_graphs(options, context, f"{key}.cuda_graphs", f"{key}.cuda_graphs=false")
+
+
+def _of_graphs(options: Options, context: PlanContext, key: str, without: str) -> Iterator[Problem]:
+    """Why CUDA graphs cannot be; ``key`` asks for them, and ``without`` would not."""
+    reason = None
     if context.device == "cpu":
-        yield _no_graphs("CUDA graphs record launches of CUDA kernels, and this run is on a CPU", key)
+        reason = "CUDA graphs record launches of CUDA kernels, and this run is on a CPU"
     elif options.dynamic:
-        yield _no_graphs("a CUDA graph has one shape, and `dynamic: true` is for changing ones", key)
+        reason = "a CUDA graph has one shape, and `dynamic: true` is for changing ones"
     elif options.mode != "default":
-        yield _no_graphs(f"mode '{options.mode}' says that there are no CUDA graphs", key)
+        reason = f"mode '{options.mode}' says that there are no CUDA graphs"
     elif context.mesh["pp"].degree > 1:
-        yield _no_graphs(
-            "a replayed CUDA graph writes where it wrote before, and a pipeline holds several microbatches at once", key
-        )
+        reason = "a replayed CUDA graph writes where it wrote before, and a pipeline holds several microbatches at once"
+    if reason is not None:
+        yield Problem(reason, key=key, fix=f"set {without}")
     elif (times := _microbatches(context)) > 1:
         # github.com/pytorch/pytorch/issues/169545 (an error) and 96693 (wrong sums).
         yield Problem(
             "autograd takes a gradient that a CUDA graph has made over without a copy, the next microbatch's replay "
             f"writes there again, and a step has, or may come to have, {times} microbatches",
-            key=f"{key}.cuda_graphs",
-            fix=f"set {key}.cuda_graphs=false, or make all that a rank has of a batch one microbatch "
+            key=key,
+            fix=f"set {without}, or make all that a rank has of a batch one microbatch "
             "(batch.micro_batch_size), without batch.on_out_of_memory=halve",
         )
 
@@ -79,16 +88,12 @@ def _microbatches(context: PlanContext) -> int:
     return max(times, 2 if batch.on_out_of_memory == "halve" else 1)
 
 
-def _no_graphs(message: str, key: str) -> Problem:
-    return Problem(message, key=f"{key}.cuda_graphs", fix=f"set {key}.cuda_graphs=false")
-
-
 def _of_names(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
     """Backends and modules that there are not, a folder that is none, and a run that ends before it compiles."""
     yield from naming.backend_faults(options.backend, context.plugins, key.rpartition(".")[2], f"{key}.backend")
     if context.config is not None:
         yield from naming.faults(module_names(context.config), options.modules, f"{key}.modules")
-    if options.cache_dir is not None and Path(options.cache_dir).exists() and not Path(options.cache_dir).is_dir():
+    if options.cache_dir is not None and os.path.isfile(options.cache_dir):  # noqa: PTH113  (any text)
         yield Problem(f"{options.cache_dir} is no folder", key=f"{key}.cache_dir", fix="name a folder, or remove it")
     if known_steps(context.recipe) == 1:
         yield Problem(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Options(camshaft.Options):
     """How gradients travel."""
 
-    bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
+    bucket_size_mb: Annotated[float, Field(gt=0, le=2**20)] = 25.0
     """Largest size of a bucket in MiB, 1 for the first: smaller ones start earlier, larger ones have less overhead.
     A larger parameter is a bucket of its own."""
     overlap: bool = True

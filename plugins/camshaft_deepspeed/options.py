@@ -14,7 +14,7 @@ from camshaft.mesh import stated_data_parallel
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext
 
-Elements = Annotated[int, Field(ge=1)]
+Elements = Annotated[int, Field(ge=1, le=2**53)]
 Place = Literal["none", "cpu", "nvme"]
 
 
@@ -39,15 +39,15 @@ class Options(camshaft.Options):
     """Leave each rank the gradients that it owns rather than all; on by default."""
     reduce_bucket_size: Elements | None = None
     """Elements that are reduced at a time; a buffer of this size is kept."""
-    allgather_bucket_size: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    allgather_bucket_size: Annotated[int, Field(ge=2, le=2**53, multiple_of=2)] | None = None
     """Stages 1 and 2: elements of updated parameters that are gathered at a time."""
-    prefetch_bucket_size: Annotated[int, Field(ge=0)] | None = None
+    prefetch_bucket_size: Annotated[int, Field(ge=0, le=2**53)] | None = None
     """Stage 3: elements of parameters that are fetched ahead of use."""
-    persistence_threshold: Annotated[int, Field(ge=0)] | None = None
+    persistence_threshold: Annotated[int, Field(ge=0, le=2**53)] | None = None
     """Stage 3: parameters of at most so many elements stay gathered between steps."""
-    max_live_parameters: Annotated[int, Field(ge=0)] | None = None
+    max_live_parameters: Annotated[int, Field(ge=0, le=2**53)] | None = None
     """Stage 3: gathered elements on a rank, before some are let go."""
-    max_reuse_distance: Annotated[int, Field(ge=0)] | None = None
+    max_reuse_distance: Annotated[int, Field(ge=0, le=2**53)] | None = None
     """Stage 3: keep a parameter that is used again within so many elements."""
     sub_group_size: Elements | None = None
     """Stage 3: elements that are updated at a time."""

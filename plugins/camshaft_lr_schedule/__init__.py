@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 import camshaft
+from camshaft.recipe.length import known_steps
 
 if TYPE_CHECKING:
     from camshaft.state import State
@@ -42,7 +43,7 @@ class Plugin(camshaft.Plugin):
     def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
         """Refuse a warm-up longer than the run, options that the type does not read, and a rate that never changes."""
         options, key = self.options, f"plugins.{self.name}"
-        steps = context.recipe.training.max_steps
+        steps = known_steps(context.recipe)
         problems = [] if steps is None else self._against_length(steps)
         if not _changes(options):
             problems.append(

@@ -67,7 +67,7 @@ class Options(camshaft.Options):
     """Globs over names of matrices that get AdamW instead: an output head of its own should."""
     adamw: AdamW = AdamW()
     """AdamW for everything else: embeddings, output head, norms, biases."""
-    round_mb: Annotated[float, Field(gt=0)] = 256.0
+    round_mb: Annotated[float, Field(gt=0, le=2**20)] = 256.0
     """MiB of whole matrices that a rank owns in one round of the exchange, or one larger matrix."""
 
 

@@ -21,7 +21,7 @@ class Split(camshaft.Options):
     """Number of layers of each stage."""
     starts: list[str] | None = None
     """Name of the first layer of each stage, such as `model.layers.0`."""
-    times: list[Annotated[float, Field(ge=0)]] | None = None
+    times: list[Annotated[float, Field(ge=0, le=1e12)]] | None = None
     """Measured time of each layer, in any one unit, which is balanced then; with two more numbers, the first is what
     comes before the layers and the last what comes after."""
 
@@ -32,7 +32,7 @@ class Options(camshaft.Options):
     schedule: Name | str = "1f1b"
     """Order of forwards and backwards: `gpipe`, `1f1b`, `interleaved_1f1b`, `zb_h1`, `zbv` or `dualpipe_v`, or one that
     another package offers (`camshaft.schedules`)."""
-    virtual_stages: Annotated[int, Field(ge=1)] | None = None
+    virtual_stages: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Stages of each rank; the fewest that the schedule can have when absent."""
     table: str | None = None
     """CSV file with a schedule of your own: a row for each rank along `pp`, a cell an action such as `F3@2`."""

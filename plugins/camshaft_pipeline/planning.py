@@ -12,13 +12,15 @@ from camshaft_pipeline import schedules, table
 from camshaft_pipeline.checker import check_schedule
 from camshaft_pipeline.errors import ScheduleError
 from camshaft_pipeline.schedule import Schedule
-from camshaft_pipeline.splitting import stages_of_names
+from camshaft_pipeline.splitting import check_depth, stages_of_names
 
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext
     from camshaft_pipeline.options import Options
 
 KEY = "plugins.pipeline"
+LONG = 2**12
+"""Forwards of a window from which on a schedule takes so long to make that what can be known before is looked at."""
 
 
 def schedule_of(options: Options, ranks: int, microbatches: int) -> Schedule:
@@ -44,7 +46,7 @@ def _from_table(path: str, ranks: int, microbatches: int) -> Schedule:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ScheduleError(f"{path} cannot be read: {error.strerror}", fix="give the path of a CSV file") from error
+        raise ScheduleError(f"'{path}' cannot be read: {error.strerror}", fix="give the path of a CSV file") from error
     except ValueError as error:  # a path with a NUL, bytes that are no UTF-8
         raise ScheduleError(f"{path} is not UTF-8 text", fix="give the path of a CSV file") from error
     schedule = table.read(text, Path(path).stem, path)
@@ -109,9 +111,14 @@ def _schedule_problems(options: Options, context: PlanContext, ranks: int) -> li
     except RecipeError:  # told where batches are checked
         return []
     try:
+        stages = ranks * (options.virtual_stages or 1)
+        if context.config is not None and options.table is None and stages * microbatches > LONG:
+            check_depth(context.config.num_hidden_layers, stages)
         schedule = schedule_of(options, ranks, microbatches)
+    except RecipeError as error:
+        return list(error.problems)
     except ScheduleError as error:
-        return [error.problem(f"{KEY}.table" if options.table else KEY)]
+        return [error.problem(f"{KEY}.table" if options.table is not None else KEY)]
     if context.config is None:  # at fault, or of another model, which is looked at when it is built
         return []
     try:

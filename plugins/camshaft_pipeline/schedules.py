@@ -70,6 +70,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+LONGEST = 2**18
+"""Forwards of a window, on all ranks: longer ones would take minutes to make and to check."""
+
 
 @lru_cache(maxsize=8)
 def make(name: str, ranks: int, microbatches: int, virtual_stages: int | None = None) -> Schedule:
@@ -107,6 +110,12 @@ def _offered(name: str) -> Family:
 def _check_numbers(name: str, family: Family, ranks: int, microbatches: int, v: int) -> None:
     if ranks < 1 or microbatches < 1:
         raise ScheduleError(f"a schedule needs ranks and microbatches, got {ranks} and {microbatches}")
+    if ranks * microbatches * v > LONGEST:
+        raise ScheduleError(
+            f"{ranks} ranks, {microbatches} microbatches and {v} virtual stages a rank make {ranks * microbatches * v} "
+            f"forwards, and a schedule has {LONGEST} at most",
+            fix="raise batch.micro_batch_size, or lower batch.global_batch_size",
+        )
     if v < family.least or (family.most is not None and v > family.most):
         bound = f"{family.least}" if family.most == family.least else f"at least {family.least}"
         fix = family.fix or f"set virtual_stages to {family.least}, or leave it out"

@@ -32,12 +32,7 @@ def spans_of(
         RecipeError: the wish does not fit the model or the number of stages.
     """
     count = len(costs)
-    if count < stages:
-        raise _refusal(
-            f"{stages} stages, and the model has {count} layers: each stage needs one",
-            "lower parallel.pipeline_parallel or plugins.pipeline.virtual_stages, or use a deeper model",
-            "plugins.pipeline",
-        )
+    check_depth(count, stages)
     if split.layers is not None:
         return _by_numbers(split.layers, count, stages)
     if split.starts is not None:
@@ -48,6 +43,20 @@ def spans_of(
         costs, before, after = (1.0,) * count, 0.0, 0.0
     ends = balanced(tuple(costs), before, after, stages)
     return _spans(ends, count)
+
+
+def check_depth(layers: int, stages: int) -> None:
+    """Refuse a model of fewer ``layers`` than ``stages``.
+
+    Raises:
+        RecipeError: it has.
+    """
+    if layers < stages:
+        raise _refusal(
+            f"{stages} stages, and the model has {layers} layers: each stage needs one",
+            "lower parallel.pipeline_parallel or plugins.pipeline.virtual_stages, or use a deeper model",
+            "plugins.pipeline",
+        )
 
 
 def stages_of_names(config: ModelConfig, options: Options, stages: int) -> dict[str, int]:
@@ -162,6 +171,8 @@ def _number(name: str, layers: str, key: str, fix: str) -> int:
 
 
 def _times(times: Sequence[float], count: int) -> tuple[Sequence[float], float, float]:
+    if not any(times):
+        raise _refusal("all times are 0, which balances nothing", "give measured times, or remove them", f"{KEY}.times")
     if len(times) == count:
         return times, 0.0, 0.0
     if len(times) == count + 2:

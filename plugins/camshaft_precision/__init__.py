@@ -59,7 +59,7 @@ class Fp8(camshaft.Options):
     it e4m3), which is more exact and slower."""
     scaling: Literal["current", "delayed"] = "current"
     """Scales from what a tensor holds now, or from the last `history` windows."""
-    history: Annotated[int, Field(ge=1)] = 16
+    history: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Windows whose largest values give the delayed scale."""
     weight_gradient: Literal["fp8", "bf16"] = "fp8"
     """What the product that makes the weight's gradient is computed in."""

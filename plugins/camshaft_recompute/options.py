@@ -30,13 +30,13 @@ class Options(camshaft.Options):
     save: list[str] | None = None
     """Selective: what is kept: `products`, `batched_products`, `attention`, `softmax`, `activations`, `norms`, or
     patterns of operations (`aten.mm`, `my_library.*`). Default: `products`."""
-    budget_gib: Annotated[float, Field(ge=0)] | None = None
+    budget_gib: Annotated[float, Field(ge=0, le=2**20)] | None = None
     """Selective, instead of `save`: GiB that chosen modules of a rank may keep of one microbatch. Each operation is
     timed and sized in the first microbatch, and the results that save most time a byte are kept from the second step
     on."""
-    budget_bytes: Annotated[int, Field(ge=0)] | None = None
+    budget_bytes: Annotated[int, Field(ge=0, le=2**50)] | None = None
     """The same in bytes."""
-    offload_from_kib: Annotated[float, Field(ge=0)] | None = None
+    offload_from_kib: Annotated[float, Field(ge=0, le=2**30)] | None = None
     """Offload: smaller tensors stay. Default: 256."""
 
     @property
@@ -83,7 +83,7 @@ def problems(options: Options, name: str, plugins: tuple[str, ...]) -> Iterator[
         yield Problem(
             f"{what} works on operations as they run one by one, and a compiled module has none of them",
             key=key,
-            fix=f"take mode 'full' or 'selective' with 'save', or remove 'compile' (plugins.compile=null){''}",
+            fix="take mode 'full' or 'selective' with 'save', or remove 'compile' (plugins.compile=null)",
         )
 
 

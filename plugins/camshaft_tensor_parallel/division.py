@@ -6,6 +6,8 @@ from camshaft.boxes import Box
 from camshaft.errors import Problem, RecipeError
 from camshaft_tensor_parallel.styles import DIVIDED, Style, StylePlan
 
+KEY = "parallel.tensor_parallel"
+
 
 def bounds(size: int, unit: int, parts: int, index: int) -> tuple[int, int]:
     """First and last + 1 of what part ``index`` of ``parts`` has of ``size``, cut at multiples of ``unit``.
@@ -27,15 +29,17 @@ def box(name: str, shape: tuple[int, ...], plan: StylePlan, degree: int, rank: i
     if style is None or style.kind not in DIVIDED or (style.kind == "row" and len(shape) < 2):
         return Box(shape, tuple(offset), degree), shape
     dimension = DIVIDED[style.kind]
-    parts, index = sharing(name, shape[dimension], style, degree, rank)
+    parts, index = sharing(name, shape[dimension], style, degree, rank, plan.key)
     start, stop = bounds(shape[dimension], style.unit, parts, index)
     offset[dimension] = start
     local = (*shape[:dimension], stop - start, *shape[dimension + 1 :])
     return Box(shape, tuple(offset), degree // parts), local
 
 
-def sharing(name: str, size: int, style: Style, degree: int, rank: int) -> tuple[int, int]:
+def sharing(name: str, size: int, style: Style, degree: int, rank: int, key: str = KEY) -> tuple[int, int]:
     """Into how many different parts ``size`` features are cut for ``degree`` ranks, and which one ``rank`` has.
+
+    ``key``: of the plan, in the recipe.
 
     Raises:
         RecipeError: the features cannot be divided so.
@@ -43,7 +47,8 @@ def sharing(name: str, size: int, style: Style, degree: int, rank: int) -> tuple
     units, rest = divmod(size, style.unit)
     what = "features" if style.unit == 1 else f"units of {style.unit} features"
     if rest:
-        raise _refusal(f"'{name}' has {size} features, which are not whole units of {style.unit}", "correct the style")
+        message = f"'{name}' has {size} features, which are not whole units of {style.unit}"
+        raise _refusal(message, "correct the style", key)
     if style.kind == "shared" and units < degree:
         if degree % units:
             raise _refusal(f"{degree} ranks cannot share the {units} {what} of '{name}' evenly", _degrees(units))
@@ -58,5 +63,5 @@ def _degrees(units: int) -> str:
     return f"set it to one of {fitting}"
 
 
-def _refusal(message: str, fix: str) -> RecipeError:
-    return RecipeError(Problem(message, key="parallel.tensor_parallel", fix=fix))
+def _refusal(message: str, fix: str, key: str = KEY) -> RecipeError:
+    return RecipeError(Problem(message, key=key, fix=fix))

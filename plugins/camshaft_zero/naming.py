@@ -48,7 +48,8 @@ def faults(options: Options, context: PlanContext, key: str) -> Iterator[Problem
     from camshaft.models.stages import LLAMA
 
     layers = [f"{LLAMA.layers}.*"]
-    patterns, units = getattr(compiled, "modules", None) or layers, options.units or layers
+    patterns = getattr(compiled, "modules", None) or layers
+    units = layers if options.units is None else options.units
     pieces = {name for name in names if any(matches(name, each) for each in patterns)}
     for name in (name for name in names if any(matches(name, each) for each in units)):
         outer = piece(name, pieces)

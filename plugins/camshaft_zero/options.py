@@ -33,13 +33,13 @@ class Options(camshaft.Options):
     """Sum gradients while backward goes on, gather parameters while forward does. The numbers are bit-equal. In stages
     1 and 2 a model that begins to read a parameter before the module that holds it is called, and did not do so in
     the first step, must switch this off."""
-    bucket_size_mb: Annotated[float, Field(gt=0)] = 25.0
+    bucket_size_mb: Annotated[float, Field(gt=0, le=2**20)] = 25.0
     """Stages 1 and 2: largest size of a bucket of parameters in MiB, less where a model would fill few; a larger one
     is a bucket of its own."""
     units: list[str] | None = None
     """Stage 3: patterns of module names that are gathered as one, `*` within one level (`model.layers.*`); nested ones
     allowed. Default: members of ModuleLists, and large modules beside them."""
-    unit_size_mb: Annotated[float, Field(ge=0)] = 0.0
+    unit_size_mb: Annotated[float, Field(ge=0, le=2**20)] = 0.0
     """Stage 3: join neighbouring units until they hold this many MiB."""
     reshard_after_forward: bool = True
     """Stage 3: free parameters after forward and gather them again for backward; off, they stay until it is over."""

@@ -57,7 +57,7 @@ def test_fields_of_the_recipe_win_over_the_preset():
         ({"rope_scaling": {"rope_type": "yarn"}}, "model.rope_scaling", "'yarn' is not known"),
         ({"rope_scaling": {"factor": 2.0}}, "model.rope_scaling", "rope_type is missing"),
         ({"rope_scaling": BLOCK | {"factor": 0}}, "model.rope_scaling.factor", "positive number, got 0"),
-        ({"rope_scaling": BLOCK | {"factor": True}}, "model.rope_scaling.factor", "positive number, got True"),
+        ({"rope_scaling": BLOCK | {"factor": True}}, "model.rope_scaling.factor", "positive number, got true"),
         ({"rope_scaling": BLOCK | {"factor": "8"}}, "model.rope_scaling.factor", "positive number, got '8'"),
         ({"rope_scaling": BLOCK | {"facter": 8.0}}, "model.rope_scaling.facter", "Did you mean 'factor'"),
         ({"rope_scaling": BLOCK | {"high_freq_factor": 1}}, "model.rope_scaling.high_freq_factor", "above low"),

@@ -36,7 +36,7 @@ WRONG = [
     ({"split": {"starts": ["model.layers.0", "layers.2"]}}, "'layers.2' is no layer of the model: they are called mod"),
     ({"split": {"times": [1, 2]}}, "2 times for a model with 5 layers.*give 5 times, or 7"),
     ({"split": {"times": [1] * 5, "layers": [2, 3]}}, "layers and times say different things of one split"),
-    ({"table": "nowhere.csv"}, "nowhere.csv cannot be read"),
+    ({"table": "nowhere.csv"}, "'nowhere.csv' cannot be read"),
     ({"table": "nowhere.csv", "schedule": "zbv"}, "'schedule' has no effect beside 'table'"),
 ]
 

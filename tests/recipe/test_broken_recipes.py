@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import broken_names
+import broken_numbers
 import broken_texts
 import broken_values
 import pytest
@@ -16,7 +17,7 @@ from recipe_cases import HIDDEN, Case, recipe
 
 from camshaft.cli import run
 
-CASES = [*broken_values.CASES, *broken_texts.CASES, *broken_names.CASES]
+CASES = [*broken_values.CASES, *broken_texts.CASES, *broken_names.CASES, *broken_numbers.CASES]
 ONE_LINE = re.compile(r"error: .+")
 
 

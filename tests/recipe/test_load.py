@@ -237,7 +237,7 @@ class TestDump:
 
     @pytest.mark.parametrize(
         "text",
-        ["no", "1e-4", "null", "", " x", "a: b", "# x", "*x", "'", '"', "\t", "a\nb", "[", "~", "\x7f", "é😀", "-"],
+        ["no", "1e-4", "null", " ", " x", "a: b", "# x", "*x", "'", '"', "\t", "a\nb", "[", "~", "\x7f", "é😀", "-"],
     )
     def test_texts_survive(self, base: Path, tmp_path: Path, text: str) -> None:
         resolved = load(

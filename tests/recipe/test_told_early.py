@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import broken_names
+import broken_numbers
 import pytest
 from recipe_cases import recipe
 
@@ -15,6 +16,7 @@ from camshaft.cli import run
 from camshaft.models.config import ModelConfig
 from camshaft.models.names import module_names, parameter_names
 
+CASES = [*broken_names.CASES, *broken_numbers.NUMBERS]
 LARGE = recipe(
     model="model: {preset: llama-3.1-405b}",
     data="data: {sequence_length: 64}",
@@ -36,7 +38,7 @@ print(json.dumps([found, heavy]))
 
 def test_in_a_second_and_without_torch(tmp_path: Path) -> None:
     lines = []
-    texts = {case.name: (case.text, case.options) for case in broken_names.CASES} | {"large": (LARGE, ())}
+    texts = {case.name: (case.text, (*case.options, *case.overrides)) for case in CASES} | {"large": (LARGE, ())}
     for number, (text, options) in enumerate(texts.values()):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text if isinstance(text, str) else text.decode())
@@ -70,6 +72,29 @@ def test_names_are_those_of_the_decoder(tied: bool, more: bool) -> None:
     assert module_names(config) == tuple(name for name, _ in model.named_modules() if name)
     every = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
     assert parameter_names(config) == every
+
+
+UNREADABLE = {
+    ".": ("error: .: cannot be read: Is a directory. Fix: name a file in it", None),
+    "nothing.yaml": ("error: nothing.yaml: cannot be read: No such file or directory. Fix: check the path", None),
+    "a\0b": ("error: a\\x00b: cannot be read: a path with a control character. Fix: check the path", None),
+    "wide.yaml": ("error: wide.yaml:1: not UTF-8 text. Fix: save the file as UTF-8", recipe().encode("utf-16")),
+    "empty.yaml": ("error: empty.yaml:1: the recipe is empty. Fix: start it with 'schema_version: 1'", b""),
+    "loop.yaml/x": ("error: loop.yaml/x: cannot be read: Not a directory. Fix: check the path", None),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.yaml").write_text("")
+    told, content = UNREADABLE[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run(["validate", name]) == 2
+    assert capsys.readouterr().err == f"{told}\n"
 
 
 def test_a_model_of_another_package_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

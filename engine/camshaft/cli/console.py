@@ -18,7 +18,9 @@ OverridesArgument = Annotated[
 ]
 WorldSizeOption = Annotated[
     int | None,
-    typer.Option("--world-size", min=1, help="Number of processes; default: launch.processes of the recipe."),
+    typer.Option(
+        "--world-size", min=1, max=2**20, help="Number of processes; default: launch.processes of the recipe."
+    ),
 ]
 
 

@@ -85,7 +85,8 @@ class FileTokenizer:
             self._json: dict[str, Any] = json.loads(content)
             self._implementation = Implementation.from_str(content.decode())
         except OSError as error:
-            raise RecipeError(Problem(f"cannot be read: {error.strerror}", file=str(path))) from error
+            fix = "give the path of a tokenizer.json"
+            raise RecipeError(Problem(f"cannot be read: {error.strerror}", file=str(path), fix=fix)) from error
         except Exception as error:  # the library raises bare Exception for a file that it cannot parse
             raise RecipeError(Problem(f"is no tokenizer.json: {error}", file=str(path))) from error
         self._implementation.encode_special_tokens = True

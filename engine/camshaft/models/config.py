@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from camshaft.errors import Problem, RecipeError
 from camshaft.models.presets import PRESETS
+from camshaft.recipe.nodes import show
 
 if TYPE_CHECKING:
     from camshaft.recipe.schema import Model
@@ -215,20 +216,29 @@ def _rope_scaling(block: Mapping[str, Any] | None, problems: list[Problem]) -> R
         )
         return None
     before = len(problems)
-    problems += [Problem(f"'{name}' is missing", key=f"{key}.{name}") for name in names if name not in block]
+    usual = "Llama 3.1 has factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0 for 8192 original positions"
+    problems += [Problem(f"'{name}' is missing", key=f"{key}.{name}", fix=usual) for name in names if name not in block]
     for name, value in block.items():
         if name in ("rope_type", "type"):
             continue
         if name not in names:
             near = get_close_matches(name, names, n=1)
             hint = f". Did you mean '{near[0]}'?" if near else f"; llama3 has {', '.join(names)}"
-            problems.append(Problem(f"there is no key '{name}'{hint}", key=f"{key}.{name}"))
+            fix = f"write '{near[0]}'" if near else "remove it"
+            problems.append(Problem(f"there is no key '{name}'{hint}", key=f"{key}.{name}", fix=fix))
         elif not _positive(value, whole=name == "original_max_position_embeddings"):
-            problems.append(Problem(f"must be a positive number, got {value!r}", key=f"{key}.{name}"))
+            whole = "whole " if name == "original_max_position_embeddings" else ""
+            message = f"must be a positive {whole}number, got {show(value)}"
+            problems.append(Problem(message, key=f"{key}.{name}", fix=usual))
     if len(problems) > before:
         return None
     if block["high_freq_factor"] <= block["low_freq_factor"]:
-        problems.append(Problem("must be above low_freq_factor", key=f"{key}.high_freq_factor"))
+        message, fix = "must be above low_freq_factor", "raise it, or lower low_freq_factor"
+        problems.append(Problem(message, key=f"{key}.high_freq_factor", fix=fix))
+        return None
+    if block["factor"] < 1:
+        message, fix = f"a factor of {block['factor']:g} would shorten what positions reach", "write 1 or more"
+        problems.append(Problem(message, key=f"{key}.factor", fix=fix))
         return None
     return RopeScaling(**{name: block[name] for name in names})
 

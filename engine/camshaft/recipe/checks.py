@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def check(
     run.need({"training"}, lambda: run.problems.extend(_stop(resolved.recipe)))
     run.need({"training", "data"}, lambda: run.problems.extend(_evaluation(resolved.recipe)))
     run.need({"model"}, run.set_model)
+    run.need({"run", "data"}, lambda: run.problems.extend(_places(resolved.recipe)))
     run.need({"tokenizer", "data"}, run.check_data)
     run.set_plugins(device, observers or {})
     unique = dict.fromkeys(resolved.placed(problem) for problem in run.problems)
@@ -246,6 +248,16 @@ def _evaluation(recipe: Recipe) -> list[Problem]:
         return []
     message = "there is nothing to evaluate on: data.validation is not set and data.validation_fraction is 0"
     return [Problem(message, key="training.eval_every", fix="hold something out, or remove training.eval_every")]
+
+
+def _places(recipe: Recipe) -> list[Problem]:
+    """Files where there are to be folders."""
+    places = {"run.root": recipe.run.root, "run.dir": recipe.run.dir, "data.cache_dir": recipe.data.cache_dir}
+    return [
+        Problem(f"'{path}' is a file, and a folder is to be there", key=key, fix="name another place")
+        for key, path in places.items()
+        if path is not None and os.path.isfile(path)  # noqa: PTH113  (any text)
+    ]
 
 
 def _stop(recipe: Recipe) -> list[Problem]:

@@ -75,7 +75,10 @@ def _parse(text: str, origin: Origin) -> Document:
         return parse(text, origin)
     if text[0] in _RESERVED:
         raise ValueError(f"a value cannot start with '{text[0]}': put it in quotes")
-    return Document(Node(scalars.resolve(text), origin, plain=True))
+    try:
+        return Document(Node(scalars.resolve(text), origin, plain=True))
+    except ValueError as error:
+        raise RecipeError(origin.place(Problem(str(error), fix="give a finite number of usual length"))) from None
 
 
 def _set(document: Document, key: str, node: Node) -> None:

@@ -41,8 +41,11 @@ def _text(path: Path, shown: str) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        fix = "check the path" if isinstance(error, FileNotFoundError) else ""
-        raise RecipeError(Problem(f"cannot be read: {error.strerror}", file=shown, fix=fix)) from None
+        fix = "name a file in it" if isinstance(error, IsADirectoryError) else "check the path"
+        raise RecipeError(Problem(f"cannot be read: {error.strerror}", file=shown[:200], fix=fix)) from None
+    except ValueError:  # a NUL
+        message = "cannot be read: a path with a control character"
+        raise RecipeError(Problem(message, file=shown[:200], fix="check the path")) from None
     if len(content) > MAX_BYTES:
         raise RecipeError(
             Problem("larger than 1 MiB: this is no recipe", file=shown, line=1, fix="keep data in files of its own")

@@ -11,6 +11,12 @@ SCHEMA_VERSION = 1
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**53)]
+Size = Annotated[int, Field(ge=1, le=2**31)]
+"""Of one dimension of a tensor."""
+Place = Annotated[str, Field(min_length=1)]
+"""A path; an empty one would be the working directory."""
+Heads = Annotated[int, Field(ge=1, le=2**16)]
+Ranks = Annotated[int, Field(ge=1, le=2**20)]
 
 NAME_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -42,21 +48,21 @@ class Model(Section):
 
     preset: str | None = None
     """Name of a shipped architecture; `camshaft explain` shows its fields."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Size | None = None
     """Rows of the embedding. Without it: the preset's, or the tokenizer's where the preset leaves it open."""
-    hidden_size: PositiveInt | None = None
+    hidden_size: Size | None = None
     """Width of the residual stream."""
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: Size | None = None
     """Inner width of the feed-forward (SwiGLU) block."""
-    num_hidden_layers: PositiveInt | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Decoder layers."""
-    num_attention_heads: PositiveInt | None = None
+    num_attention_heads: Heads | None = None
     """Query heads."""
-    num_key_value_heads: PositiveInt | None = None
+    num_key_value_heads: Heads | None = None
     """Key and value heads; divides num_attention_heads (grouped-query attention)."""
-    head_dim: PositiveInt | None = None
+    head_dim: Heads | None = None
     """Width of one attention head; without it hidden_size / num_attention_heads."""
-    max_position_embeddings: PositiveInt | None = None
+    max_position_embeddings: Size | None = None
     """Longest sequence that the architecture is meant for."""
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     """Base of the rotary position frequencies."""
@@ -119,23 +125,23 @@ class Data(Section):
     """A validation set of its own; otherwise `validation_fraction` of the training documents."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Part of the training documents that is held out."""
-    sequence_length: PositiveInt = 128
+    sequence_length: Size = 128
     """Tokens of one sample."""
     pack: bool = True
     """Concatenate documents and cut every `sequence_length` tokens; otherwise one document a sample, padded."""
     document_mask: bool = True
     """Attention stays inside a document, and positions restart with it."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Where tokenised corpora are kept; default: `camshaft` in the user's cache folder."""
 
 
 class Batch(Section):
     """Batch algebra: global = micro x accumulation x data-parallel ranks."""
 
-    micro_batch_size: PositiveInt | Literal["auto"]
+    micro_batch_size: Size | Literal["auto"]
     """Samples of one forward on one rank. `auto`: the most that fit, by the plan and then by trial, and leave as many
     microbatches as a pipeline has ranks; the global batch stays as it is, and a run that goes on keeps the number."""
-    global_batch_size: PositiveInt
+    global_batch_size: Size
     """Samples of one optimizer step on all ranks."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Derived when absent, checked when given."""
@@ -147,17 +153,17 @@ class Batch(Section):
 class Parallel(Section):
     """Degrees of the mesh axes."""
 
-    data_parallel: PositiveInt | Literal["auto"] = "auto"
+    data_parallel: Ranks | Literal["auto"] = "auto"
     """`auto`: what the other degrees leave of the processes."""
-    data_parallel_shard: PositiveInt | None = None
+    data_parallel_shard: Ranks | None = None
     """Hybrid sharding: so many neighbouring data-parallel ranks share one copy; divides data_parallel."""
-    data_parallel_replicate: PositiveInt | None = None
+    data_parallel_replicate: Ranks | None = None
     """Hybrid sharding: number of copies; derived as data_parallel / data_parallel_shard when absent."""
-    pipeline_parallel: PositiveInt = 1
+    pipeline_parallel: Ranks = 1
     """Ranks that the layers are divided over, as `plugins.pipeline` says."""
-    context_parallel: PositiveInt = 1
+    context_parallel: Ranks = 1
     """Parts that a sequence is split into."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: Ranks = 1
     """Ranks that each matrix product is divided over, as `plugins.tensor_parallel` says."""
 
 
@@ -185,9 +191,9 @@ class Launch(Section):
 
     launcher: Literal["deepspeed", "torchrun"] = "deepspeed"
     """Which of the two starts the ranks when `train` has to start them itself."""
-    processes: PositiveInt | Literal["auto"] = "auto"
+    processes: Ranks | Literal["auto"] = "auto"
     """Processes on this machine. `auto`: one a GPU, one without a GPU."""
-    threads_per_rank: PositiveInt | Literal["auto"] = "auto"
+    threads_per_rank: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Threads of one rank on a CPU. `auto`: cores / processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where there is a GPU, else the CPU."""
@@ -201,9 +207,9 @@ class Launch(Section):
 class Run(Section):
     """Where a run writes."""
 
-    root: str = "runs"
+    root: Place = "runs"
     """Folder of all runs. Relative to the working directory."""
-    dir: str | None = None
+    dir: Place | None = None
     """Exactly this folder instead of `<root>/<name>/<id>`; a run found in it is continued."""
 
 

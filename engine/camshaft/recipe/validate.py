@@ -156,6 +156,7 @@ class _Elsewhere:
 def _without_echoes(problems: list[Problem], document: Document) -> list[Problem]:
     """Drop what the schema says about keys whose fault the reader has already told, and repetitions."""
     told = {problem.key for problem in document.problems if problem.key}
+    told |= {key.rpartition(".")[0] for key in told if key.rpartition(".")[2].isdecimal()}  # lists lack what was bad
     fresh = problems[len(document.problems) :]
     return list(dict.fromkeys([*document.problems, *(problem for problem in fresh if problem.key not in told)]))
 

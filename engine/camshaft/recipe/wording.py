@@ -30,11 +30,17 @@ _EXPECTED = {
 WRONG_KIND = frozenset(_EXPECTED) | {"literal_error", "enum"}
 """Errors which say that the value is of another kind, so that a union's other branches count."""
 _BOUNDS = {
-    "greater_than": ("greater than", "gt"),
-    "greater_than_equal": ("at least", "ge"),
-    "less_than": ("less than", "lt"),
-    "less_than_equal": ("at most", "le"),
-    "multiple_of": ("a multiple of", "multiple_of"),
+    "greater_than": ("greater than", "gt", "write a number above {}"),
+    "greater_than_equal": ("at least", "ge", "write {} or more"),
+    "less_than": ("less than", "lt", "write a number below {}"),
+    "less_than_equal": ("at most", "le", "write {} or less"),
+    "multiple_of": ("a multiple of", "multiple_of", "write a multiple of {}"),
+}
+_LENGTHS = {
+    "too_short": ("at least", "min_length", "item(s)"),
+    "too_long": ("at most", "max_length", "item(s)"),
+    "string_too_short": ("at least", "min_length", "character(s)"),
+    "string_too_long": ("at most", "max_length", "character(s)"),
 }
 _NUMBERS = frozenset({"a whole number", "a number"})
 _OTHER_NAMES = {
@@ -55,11 +61,13 @@ def of(kind: str, value: Any, context: Mapping[str, Any], message: str) -> tuple
     if kind in WRONG_KIND:
         return of_union([(kind, context)], value)
     if kind in _BOUNDS:
-        word, name = _BOUNDS[kind]
-        return f"must be {word} {_number(context[name])}, got {show(value)}", ""
-    if kind in ("too_short", "too_long"):
-        word, name = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
-        return f"must have {word} {context[name]} item(s), got {context['actual_length']}", ""
+        word, name, fix = _BOUNDS[kind]
+        bound = _number(context[name])
+        return f"must be {word} {bound}, got {show(value)}", fix.format(bound)
+    if kind in _LENGTHS:
+        word, name, of = _LENGTHS[kind]
+        count, bound = context.get("actual_length", len(value)), context[name]
+        return f"must have {word} {bound} {of}, got {count}", f"give {word} {bound}, or remove the key"
     if kind in ("value_error", "assertion_error"):
         head, _, fix = str(context.get("error", message)).partition(" Fix: ")
         return head.rstrip("."), fix
@@ -90,8 +98,12 @@ def _fix(expected: Sequence[str], choices: Sequence[str], value: Any) -> str:
         return "put it in quotes"
     if "a mapping" in expected and not isinstance(value, str):
         return "write {} for the defaults, or the keys below it"
+    if expected == ["a mapping"]:
+        return "write a mapping (its keys are in docs/recipe.md)"
+    if expected == ["a list"]:
+        return "give it as a whole, in brackets: [...]"
     if not choices:
-        return ""
+        return f"write {' or '.join(expected)}"
     write = f"write {' or '.join(repr(choice) for choice in choices)}"
     return f"{write}, or a mapping (its keys are in docs/recipe.md)" if "a mapping" in expected else write
 
