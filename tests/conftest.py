@@ -9,6 +9,8 @@ import yaml
 
 from camshaft.recipe import load
 
+pytest_plugins = ("tests.broad",)
+
 
 @pytest.fixture(autouse=True)
 def same_environment():

@@ -3,6 +3,8 @@
 import pytest
 from compile_cases import EXACT, TRACED, Plugin, Seen, assert_within, compare, hookimpl, recipe, records_of, run
 
+pytestmark = pytest.mark.broad
+
 CASES = {
     "alone": (1, {}, {}),
     "ddp": (2, {}, {}),

@@ -7,6 +7,8 @@ from deepspeed_cases import FP32, Variant, change, plugins, reference
 from camshaft.testing.compare import assert_within, compare
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 STAGES = (0, 1, 2, 3)
 
 

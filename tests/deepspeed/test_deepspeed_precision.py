@@ -9,6 +9,8 @@ from camshaft.models.roles import Initial
 from camshaft.testing.compare import assert_within, compare
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 SHORT = {"training": {"max_steps": 8, "log_every": 1}}
 NARROW = {"compute": "bf16", "parameters": "bf16"}
 

@@ -21,6 +21,8 @@ from camshaft.testing.ranks import RankFailed, run_ranks
 from camshaft.testing.record import Probe, assemble
 from camshaft.testing.run import Quiet, record_ranks
 
+pytestmark = pytest.mark.broad
+
 SHORT = {"training": {"max_steps": 6, "log_every": 1}}
 
 

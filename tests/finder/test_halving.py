@@ -10,6 +10,8 @@ from camshaft.recipe import check
 from camshaft.testing.compare import assert_within, compare
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 ADAMW = {"precision": {"compute": "fp64"}, "adamw": {"lr": 3e-3}, "clip": {"max_norm": 0.5}}
 BOUNDS = dict.fromkeys(("gradients", "norm", "weights", "optimizer", "loss", "lr"), 1e-12)
 QUIET = {"bucket_size_mb": 0.005, "overlap": False}

@@ -7,6 +7,8 @@ from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 EXACT = {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15}
 FUSED = {"kernels": {"linear_cross_entropy": "torch"}}
 

@@ -13,6 +13,8 @@ from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
 from camshaft.ops import Ops, document_mask
 
+pytestmark = pytest.mark.broad
+
 shapes = pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 
 

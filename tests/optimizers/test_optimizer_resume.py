@@ -11,6 +11,8 @@ from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.run import record_ranks
 from camshaft_muon.memory import hidden_elements, moments
 
+pytestmark = pytest.mark.broad
+
 BOUNDS = dict.fromkeys(("gradients", "norm", "weights", "optimizer", "loss"), 1e-12) | {"lr": 1e-15}
 OPTIMIZERS = {
     "adafactor": {"lr": 2e-3, "scale_by_weights": True},

@@ -12,6 +12,8 @@ from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 BOUNDS = dict.fromkeys(("gradients", "norm", "weights", "optimizer", "loss"), 1e-12) | {"lr": 1e-15}
 ADAM = {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 

@@ -9,6 +9,8 @@ from camshaft.data import prepare
 from camshaft.testing.compare import assert_within, compare
 from camshaft.testing.reference import plain_run
 
+pytestmark = pytest.mark.broad
+
 
 def lamb(model):
     decaying, plain = textbook.split(

@@ -11,6 +11,8 @@ from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.ranks import RankFailed
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 STEPS = 4
 VARIANTS = {"plain": {}, "frozen": {"frozen": ("layers.2.", "norm")}, "picky": {"picky": True}}
 

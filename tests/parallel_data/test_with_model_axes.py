@@ -5,6 +5,8 @@ from parallel_cases import EXACT, MODEL, STEPS, Frozen, reference, run
 
 from camshaft.testing.compare import assert_within, compare
 
+pytestmark = pytest.mark.broad
+
 CASES = [
     *((row, axis) for row in ("ddp", "zero 1", "zero 2", "zero 3") for axis in ("tp + sp", "1f1b", "zbv")),
     ("zero 2 last", "interleaved_1f1b"),

@@ -10,6 +10,8 @@ from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks as train
 
+pytestmark = pytest.mark.broad
+
 # fp64: the gate is 1e-12, the noise of sums in another order is about 1e-15. Weights after Adam steps divide by square
 # roots of tiny second moments; they stay under the same gate here. fp32: measured 2e-5 for gradients (of a parameter
 # whose gradient nearly cancels), 9e-7 for optimizer state and weights, 2e-7 for norm and loss.

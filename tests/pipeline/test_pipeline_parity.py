@@ -3,6 +3,8 @@
 import pipeline_runs as runs
 import pytest
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_1f1b(make_recipe, tied):

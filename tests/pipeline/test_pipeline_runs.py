@@ -11,6 +11,8 @@ from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.ranks import RankFailed
 from camshaft.testing.run import record_ranks
 
+pytestmark = pytest.mark.broad
+
 
 class Records(Plugin):
     """Collects evaluation records into a file of rank 0."""

@@ -11,6 +11,8 @@ from camshaft.testing.run import record_ranks
 from camshaft_precision import Plugin as Precision
 from camshaft_precision import rules
 
+pytestmark = pytest.mark.broad
+
 MODEL = {
     "vocab_size": 259,
     "hidden_size": 32,

@@ -11,6 +11,8 @@ from camshaft.testing.compare import assert_bit_equal
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks as train
 
+pytestmark = pytest.mark.broad
+
 LR = 1e-3
 """At 3e-3 the training of this small model amplifies noise: its norm then deviates by 2e-2 where it is smallest."""
 

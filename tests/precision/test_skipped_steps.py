@@ -19,6 +19,8 @@ from camshaft.testing.record import Probe
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import Quiet
 
+pytestmark = pytest.mark.broad
+
 SCALE, SKIPPED = "plugin/precision/loss_scale", "plugin/precision/skipped_steps"
 
 

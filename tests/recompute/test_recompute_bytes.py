@@ -17,6 +17,8 @@ from camshaft.testing.run import Quiet
 from camshaft_recompute.offload import Lane
 from camshaft_recompute.trees import address, tensors
 
+pytestmark = pytest.mark.broad
+
 
 class Living(TorchDispatchMode):
     """Every storage that operations made, with its bytes; those that are gone are told apart."""

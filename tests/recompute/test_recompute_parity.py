@@ -14,6 +14,8 @@ from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks
 from camshaft_recompute import ambient
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture(scope="module")
 def plain():

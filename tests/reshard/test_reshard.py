@@ -10,6 +10,8 @@ from reshard_cases import FP64, HALF, check_loaded, gap, unequal
 
 from camshaft.testing.compare import assert_bit_equal, assert_within
 
+pytestmark = pytest.mark.broad
+
 ROWS = ("plain", "ddp-2", "zero1-2", "zero2-3", "zero3-2", "zero3-4", "hybrid-2x2")
 MASTERS = {"compute": "bf16", "parameters": "bf16"}
 

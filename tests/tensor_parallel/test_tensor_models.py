@@ -16,6 +16,8 @@ from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.ranks import run_ranks
 from camshaft.testing.run import Quiet
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.mark.parametrize("tensor", [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "async": True}])
 def test_a_model_of_ones_own_with_dropout(make_recipe, tensor):

@@ -3,6 +3,8 @@
 import pytest
 from tensor_cases import check, reference, train
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
 @pytest.mark.parametrize("degree", [2, 4])

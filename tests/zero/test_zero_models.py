@@ -5,6 +5,8 @@ from zero_cases import assert_parity, reference, train
 
 from camshaft.testing.ranks import RankFailed
 
+pytestmark = pytest.mark.broad
+
 STEPS = 6
 
 

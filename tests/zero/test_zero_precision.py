@@ -6,6 +6,8 @@ from zero_cases import assert_parity, global_batch, reference, train
 
 from camshaft.testing.compare import assert_within, compare
 
+pytestmark = pytest.mark.broad
+
 AUTOCAST, NARROW = {"compute": "bf16"}, {"compute": "bf16", "parameters": "bf16"}
 WIDE_SUMS = {**NARROW, "gradients": "fp32"}
 

@@ -16,6 +16,8 @@ from camshaft_zero import costs, grouping
 from camshaft_zero.native import items_of
 from camshaft_zero.options import Options
 
+pytestmark = pytest.mark.broad
+
 
 def described(groups):
     return [(group.name, group.items, group.modules, group.depth, group.encloses) for group in groups]

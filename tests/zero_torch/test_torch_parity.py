@@ -17,6 +17,8 @@ from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_rank
 from camshaft.testing.run import record_ranks as train
 
+pytestmark = pytest.mark.broad
+
 # As for ddp: 1e-12 in fp64; in fp32 sums in another order.
 BOUNDS = {
     "fp64": {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+
+_IMPORTED_BY_OPTIMIZERS = "torch._dynamo"
+"""Torch imports it, and half a second of modules with it, in the first step; here, each rank would do so anew."""
 
 
 class RankFailed(AssertionError):
@@ -28,6 +33,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     Raises:
         RankFailed: a rank raised, died or ran longer than ``timeout_s``.
     """
+    importlib.import_module(_IMPORTED_BY_OPTIMIZERS)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
