@@ -5,11 +5,12 @@ Schedules: GPipe (Huang et al., arXiv:1811.06965), 1F1B (Harlap et al., arXiv:18
 (DeepSeek-AI, arXiv:2412.19437, folded to a V), or a table of the recipe's own. Each is a pure function
 (``schedules.make``) to a program for each rank, which is checked, can be simulated and drawn, and has one executor.
 
-Invariant: gradients are those of one process; each parameter is on one rank along ``pp``, and what several stages use
-(a tied embedding) is updated by the first of them, whose values the others copy. Memory: parameters, gradients and
-optimizer state of the rank's own stages, the copy of a tied parameter and its gradient, and at most ``Schedule.peak``
-microbatches' activations of a stage, with two more inputs on their way. Traffic a rank and step: for each of m
-microbatches and each border to a stage of another rank one hidden state of b s h elements, and its gradient back.
+Invariant: gradients are those of one process, dropout too; each parameter is on one rank along ``pp``, and what
+several stages use (a tied embedding) is updated by the first of them, whose values the others copy. Memory:
+parameters, gradients and optimizer state of the rank's own stages, the copy of a tied parameter and its gradient, and
+at most ``Schedule.peak`` microbatches' activations of a stage, with two more inputs on their way. Traffic a rank and
+step: for each of m microbatches and each border to a stage of another rank one hidden state of b s h elements, and its
+gradient back.
 Claims the layout of parameters on ``pp``, and owns ``split`` and ``schedule``.
 """
 

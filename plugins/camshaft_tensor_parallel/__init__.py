@@ -3,7 +3,8 @@ between them (Korthikanti et al., arXiv:2205.05198).
 
 A plan, the model's own and then the recipe's, gives modules a style (``camshaft_tensor_parallel.styles``). Each rank
 has a box of every parameter, a plain tensor that starts from the values that one process gives it. Both tables and the
-cross-entropy are divided by vocabulary, so no rank has full logits. Dropout modules draw as one process does.
+cross-entropy are divided by vocabulary, so no rank has full logits. Dropout, and other random numbers that modules draw
+with functions of torch, are those of one process, or are refused in the first window.
 
 Invariant: gradients, norm and weights are those of one process; what several ranks have is bit-equal on them.
 
