@@ -71,7 +71,11 @@ def test_import_contracts_cover_every_plugin() -> None:
 def test_each_part_of_the_core_runs_a_step_or_is_a_tool() -> None:
     contract = PYPROJECT["tool"]["importlinter"]["contracts"][1]
     core, tools = set(contract["source_modules"]), set(contract["forbidden_modules"])
-    found = {f"camshaft.{path.stem}" for path in (ROOT / "engine" / "camshaft").iterdir() if path.name[0] not in "_." and path.name != "py.typed"}
+    found = {
+        f"camshaft.{path.stem}"
+        for path in (ROOT / "engine" / "camshaft").iterdir()
+        if path.name[0] not in "_." and path.name != "py.typed"
+    }
     assert core | tools == found
     assert not core & tools
 
@@ -125,7 +129,7 @@ def lines(path: Path) -> int:
 
 # A core far above 2,000 lines is a sign that a strategy leaked in. What surrounds it has budgets of its own.
 AREAS = {
-    "recipe": ("recipe/", 2100),
+    "recipe": ("recipe/", 2150),
     "machine": (("environment.py", "processes.py", "distributed.py", "rundir.py"), 1000),
     "planning": (("claims.py", "estimate.py", "activations.py", "peak.py", "mesh.py", "effects.py"), 1100),
     "data movement": (
