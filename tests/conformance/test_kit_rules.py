@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from camshaft.testing import Conformance, ranks
 from camshaft.testing.conformance import leftovers, rules, touched
+from camshaft.testing.conformance.trial import Trial, write_corpus
 
 WHY = "its own sums are rounded to bf16"
 
@@ -121,6 +122,14 @@ def test_every_number_of_ranks_is_tried():
         subclass(recipe={"parallel": {"data_parallel_shard": 3}}).sizes()
     with pytest.raises(pytest.skip.Exception, match=f"needs several ranks: {WHY}"):
         subclass(ranks=(1,), except_for={"ranks": WHY}).several()
+
+
+def test_clipping_is_active_in_every_step_of_the_reference(tmp_path):
+    """And each step has another norm: a kit whose limit is never reached would pass a plugin that does not clip."""
+    trial = Trial({"plugins": {"jsonl": {}}}, write_corpus(tmp_path), tmp_path / "trial")
+    records = subclass()().reference(trial, trial.resolve(1))
+    assert len({record.norm for record in records}) == len(records) == 4
+    assert all(record.norm > 2 * Conformance.max_norm for record in records)
 
 
 def test_sizes_follow_the_degrees():
