@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, ModuleDict, ModuleList
 
 from camshaft.errors import CamshaftError, Problem, RecipeError
 from camshaft_compile import naming
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Call = Callable[..., Any]
 Marks = frozenset[object]
+CONTAINERS = (ModuleList, ModuleDict)
+"""Modules without a forward of their own: nobody calls them."""
 
 
 class Blocks:
@@ -137,7 +139,7 @@ def chosen(options: Options, model: Module, key: str, *, whole: bool = True) -> 
 
     ``whole``: all of the model is on this rank, so that every pattern has to match.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, CONTAINERS)]
     problems = tuple(naming.faults(names, options.modules, f"{key}.modules", whole=whole))
     if problems:
         raise RecipeError(problems)

@@ -14,11 +14,11 @@ TORCHS_OWN = frozenset(
     {
         "aot_eager", "aot_eager_decomp_partition", "aot_eager_decomp_partition_crossref",
         "aot_eager_decomp_partition_with_mode", "aot_eager_default_partitioner", "aot_ts", "cudagraphs",
-        "dynamo_accuracy_minifier_backend", "dynamo_minifier_backend", "eager", "eager_debug", "eager_noexcept",
+        "eager", "eager_debug", "eager_noexcept",
         "inductor", "invoke_subgraph", "openxla", "openxla_eval", "pre_dispatch_eager", "ts", "tvm",
     }
 )  # fmt: skip
-"""Backends that torch 2.11 to 2.13 brings along, without those that are for its own tests."""
+"""Backends that torch 2.11 to 2.13 brings along, without those that are for its own tests and tools."""
 NEEDED = {"openxla": "torch_xla", "openxla_eval": "torch_xla", "tvm": "tvm"}
 """Packages without which some of them fail."""
 GROUP = "torch_dynamo_backends"

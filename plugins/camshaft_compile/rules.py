@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from camshaft.claims import PlanContext
 from camshaft.errors import Problem
-from camshaft.models.names import module_names
+from camshaft.models.names import called_names
 from camshaft.recipe.length import known_steps
 from camshaft_compile import naming
 
@@ -92,7 +92,7 @@ def _of_names(options: Options, context: PlanContext, key: str) -> Iterator[Prob
     """Backends and modules that there are not, a folder that is none, and a run that ends before it compiles."""
     yield from naming.backend_faults(options.backend, context.plugins, key.rpartition(".")[2], f"{key}.backend")
     if context.config is not None:
-        yield from naming.faults(module_names(context.config), options.modules, f"{key}.modules")
+        yield from naming.faults(called_names(context.config), options.modules, f"{key}.modules")
     if options.cache_dir is not None and os.path.isfile(options.cache_dir):  # noqa: PTH113  (any text)
         yield Problem(f"{options.cache_dir} is no folder", key=f"{key}.cache_dir", fix="name a folder, or remove it")
     if known_steps(context.recipe) == 1:

@@ -52,13 +52,13 @@ class Plugin(camshaft.Plugin):
 
     def _unknown(self, context: camshaft.PlanContext) -> Iterator[camshaft.Problem]:
         """What the options name and the built-in decoder lacks. Another model is looked at when it is built."""
-        from camshaft.models.names import module_names
+        from camshaft.models.names import called_names
         from camshaft.models.stages import LLAMA
         from camshaft_recompute.naming import faults
 
         if self.options.mode != "none" and context.config is not None:
             patterns = self.options.modules or [f"{LLAMA.layers}.*"]
-            yield from faults(module_names(context.config), patterns, self.options, f"plugins.{self.name}")
+            yield from faults(called_names(context.config), patterns, self.options, f"plugins.{self.name}")
 
     @camshaft.hookimpl
     def activations(

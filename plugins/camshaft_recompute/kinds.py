@@ -70,6 +70,12 @@ def draws(operation: Operation, arguments: tuple[Any, ...], named: dict[str, Any
     return bool(rate)
 
 
+def unknown(words: Iterable[str]) -> list[str]:
+    """Those of ``words`` that name an operation of torch's own which it does not have. Libraries may come later."""
+    named = (word for word in words if word.startswith("aten.") and not any(sign in word for sign in "*?["))
+    return [word for word in named if not hasattr(torch.ops.aten, word.split(".")[1])]
+
+
 def of_kinds(words: Iterable[str]) -> Keep:
     """A test for operations of ``words``: kinds, and names such as ``aten.mm`` or ``library.*``."""
     patterns = tuple(pattern for word in words for pattern in KINDS.get(word, (word,)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.nn import Module, ModuleList
+from torch.nn import Module, ModuleDict, ModuleList
 
 from camshaft.errors import RecipeError
 from camshaft_recompute.naming import faults
@@ -16,8 +16,10 @@ def find(model: Module, options: Options, name: str, *, whole: bool) -> dict[str
     Raises:
         RecipeError: a pattern or a layer that the whole model lacks.
     """
-    modules = {each: module for each, module in model.named_modules() if each}
-    patterns = options.modules or _layers(model, modules)
+    everything = {each: module for each, module in model.named_modules() if each}
+    patterns = options.modules or _layers(model, everything)
+    # Nobody calls what only holds others.
+    modules = {each: one for each, one in everything.items() if not isinstance(one, (ModuleList, ModuleDict))}
     problems = tuple(faults(list(modules), patterns, options, f"plugins.{name}")) if whole else ()
     if problems:
         raise RecipeError(problems)

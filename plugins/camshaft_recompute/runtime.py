@@ -9,9 +9,10 @@ import torch
 from torch.nn import Module
 
 from camshaft.comm import Channel
+from camshaft.errors import Problem, RecipeError
 from camshaft_recompute.choice import Choice, Cost, best
 from camshaft_recompute.keeping import Keeper
-from camshaft_recompute.kinds import makes, of_kinds
+from camshaft_recompute.kinds import makes, of_kinds, unknown
 from camshaft_recompute.offload import Line, Offloaded
 from camshaft_recompute.options import Options
 from camshaft_recompute.region import Region
@@ -44,6 +45,12 @@ class Runtime:
             kib = OFFLOAD_FROM_KIB if options.offload_from_kib is None else options.offload_from_kib
             line, least = Line(device, self._place), int(kib * 1024)
             return {name: Offloaded(name, module, device, tally, least, line) for name, module in modules.items()}
+        strange = unknown(options.kinds)
+        if strange:
+            fix = "take a kind, or the name of an operation as torch.ops.aten has it, such as aten.mm"
+            raise RecipeError(
+                Problem(f"torch has no operation '{strange[0]}'", key=f"plugins.{self._name}.save", fix=fix)
+            )
         keep = of_kinds(options.kinds) if options.mode == "selective" and options.budget is None else None
         return {name: Region(name, module, device, tally, keep) for name, module in modules.items()}
 

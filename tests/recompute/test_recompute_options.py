@@ -52,6 +52,16 @@ def test_layers_that_the_model_lacks(make_recipe):
         train(make_recipe, 1, {"mode": "full", "layers": [1, 4]}, kind=Llama)
 
 
+def test_operations_that_torch_lacks(make_recipe):
+    with pytest.raises(RankFailed, match=r"recompute.save: torch has no operation 'aten.mmm'. Fix: take a kind"):
+        train(make_recipe, 1, {"save": ["aten.bmm", "my_lib.op", "aten.mmm"]})
+
+
+def test_a_list_of_layers_is_never_called(make_recipe):
+    with pytest.raises(RankFailed, match=r"no module is called 'model.layers'; there are, for example, model, "):
+        train(make_recipe, 1, {"mode": "full", "modules": ["model.layers"]}, kind=Llama)
+
+
 def test_a_divisor_that_no_layer_has(make_recipe):
     with pytest.raises(RankFailed, match="'every' is 3, and none of the modules chosen is in a layer whose number"):
         train(make_recipe, 1, {"mode": "full", "every": 3, "modules": ["model.norm"]}, kind=Llama)

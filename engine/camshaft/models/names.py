@@ -31,6 +31,12 @@ def _layer(name: str, config: ModelConfig) -> Iterator[str]:
 
 
 @lru_cache(maxsize=4)
+def called_names(config: ModelConfig) -> tuple[str, ...]:
+    """Those modules that run in a forward: all but the list of the layers."""
+    return tuple(name for name in module_names(config) if name != _LAYERS)
+
+
+@lru_cache(maxsize=4)
 def parameter_names(config: ModelConfig) -> tuple[str, ...]:
     """Every parameter under all of its names, in the order of ``named_parameters`` without removing duplicates."""
     shapes = parameter_shapes(config)

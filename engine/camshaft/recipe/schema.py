@@ -64,13 +64,13 @@ class Model(Section):
     """Width of one attention head; without it hidden_size / num_attention_heads."""
     max_position_embeddings: Size | None = None
     """Longest sequence that the architecture is meant for."""
-    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    rope_theta: Annotated[float, Field(gt=0, le=1e18)] | None = None
     """Base of the rotary position frequencies."""
     rope_scaling: dict[str, Any] | None = None
     """Hugging Face's `rope_scaling` block; type `llama3` is known."""
-    rms_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Added to the mean square in RMSNorm."""
-    initializer_range: Annotated[float, Field(gt=0)] | None = None
+    initializer_range: Annotated[float, Field(gt=0, le=100)] | None = None
     """Standard deviation of the first values of matrices and embeddings."""
     tie_word_embeddings: bool | None = None
     """Input and output embeddings are one parameter."""
