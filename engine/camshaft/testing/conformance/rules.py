@@ -9,7 +9,7 @@ from typing import Any
 
 KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
 ONLY = {
-    "test_frozen_and_unused_parameters": {"reducer", "sharder", "optimizer"},
+    "test_frozen_and_unused_parameters": {"reducer", "sharder", "optimizer", "schedule"},
     "test_the_schedule_is_sound_for_every_size": {"schedule"},
     "test_kernels_match_fp64": {"kernel"},
 }
