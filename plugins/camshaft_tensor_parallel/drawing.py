@@ -3,8 +3,8 @@
 Forwards of such modules run in a function mode. It lets dropout and its like draw for the whole tensor and takes this
 rank's part, and refuses what it cannot do so. In the first window every such module runs so, and all other functions
 are watched too: one that moves a generator is refused before any weight has changed. Behind it only modules stay in the
-mode that called a function that draws. What is not seen: functions called outside of modules in a replay that is not
-the engine's own, and kernels that draw without telling torch.
+mode that called a function that draws. What is not seen: kernels that draw without telling torch, and noise that a
+function draws again which a checkpoint of the user's own holds (of a dropout there torch sees it, and refuses).
 """
 
 from __future__ import annotations

@@ -18,4 +18,7 @@ Draw = Callable[..., Tensor]
 def masked(draw: Draw, own: Tensor, rate: float, share: Tokens | Stretch, inplace: bool) -> Tensor:
     """``own`` times its part of the mask (0 or 1 / (1 - rate)) that ``draw(ones, rate, True)`` makes of the whole."""
     mask = share.take(draw(share.blank(own.detach(), 1.0), rate, True))
-    return own.mul_(mask) if inplace else own * mask
+    # Autograd keeps the mask in a shape that no plain dropout keeps: where a checkpoint of the user's own runs a
+    # function again outside of this plugin's forwards, with another mask, torch sees another shape and refuses.
+    made = (own.unsqueeze(0) * mask.unsqueeze(0)).squeeze(0)
+    return own.copy_(made) if inplace else made

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from tensor_cases import check, recipe, train
 from tensor_models import Builds
+from torch.utils.checkpoint import checkpoint
 
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_bit_equal, compare
@@ -170,6 +171,20 @@ def test_what_nobody_can_draw_is_refused_in_the_first_window(make_recipe, draw, 
     text = refusal(make_recipe, models.one(draw, where), {**tensor, "plan": models.MIX})
     assert "would not be those of one process. Fix: " in text
     assert operation in text and why in text, text
+
+
+def again(features):
+    return checkpoint(lambda x: F.dropout(torch.tanh(x), 0.2), features, use_reentrant=False)
+
+
+@pytest.mark.parametrize(("where", "tensor"), [("inside", {}), ("between", SEQUENCE)])
+def test_a_function_that_a_checkpoint_of_ones_own_runs_again_is_refused(make_recipe, where, tensor):
+    """It runs again in backward, where nobody knows of the module that called it: torch sees other saved tensors."""
+    observers = {"builds": models.one(again, where), "steps": NoStep()}
+    train(make_recipe, 1, {"builds": models.one(again, where)}, **SIZES)
+    with pytest.raises(RankFailed) as caught:
+        train(make_recipe, 2, observers, tensor={**tensor, "plan": models.MIX}, **SIZES)
+    assert str(caught.value).count("CheckpointError: ") == 2 and "steps were done" not in str(caught.value)
 
 
 RIGHT = {
