@@ -90,3 +90,18 @@ def test_neighbours_are_those_that_claims_allow(tmp_path: Path, name: str, neigh
             assert len(str(reason).split()) > 3
     assert {other: size for other, (_, size) in found.items()} == neighbours
     assert all(other in resolved.recipe.plugins for other, (resolved, _) in found.items())
+
+
+@pytest.mark.parametrize("neighbour", ["clip", "precision", "lr_schedule"])
+def test_the_reference_has_what_a_neighbour_changes(tmp_path: Path, neighbour: str) -> None:
+    """Neighbours that change numbers, which CAMSHAFT_FULL_CONFORMANCE=1 tries too, change the plain process's alike."""
+    from camshaft.testing.run import record_ranks
+
+    kit: Conformance = globals()["Test_sgd"]()
+    fragment = {"plugins": {"sgd": TABLE["sgd"].options}}
+    trial = Trial(fragment, write_corpus(tmp_path), tmp_path)
+    resolved, size = trial.beside(neighbour)
+    ranks = record_ranks(resolved, size)
+    kit.check_parity(trial, resolved, ranks)
+    rates = {record.lr for record in ranks[0]}
+    assert len(rates) == (len(ranks[0]) if neighbour == "lr_schedule" else 1)

@@ -26,7 +26,7 @@ from camshaft.errors import RecipeError
 from camshaft.host import Host, plugin_class
 from camshaft.recipe import check
 from camshaft.testing.conformance import rules
-from camshaft.testing.conformance.companions import shipped
+from camshaft.testing.conformance.companions import shipped, slots
 from camshaft.testing.conformance.trial import STEPS, Refused, Trial, merge, write_corpus
 
 if TYPE_CHECKING:
@@ -151,11 +151,13 @@ class Conformance:
 
         alone = trial.alone(resolved)
         tree = {key: value for key, value in alone.tree.items() if key not in ("run", "batch")}
+        tree["neighbours"] = sorted(slots(set(resolved.recipe.plugins) - {self.plugin}) & {"lr"})
         own = f"{type(self).__module__}:{type(self).__qualname__}" if self._own_reference() else ""
         key = json.dumps([own, tree, self.compute, self.max_norm])
         if key not in _references or changes:
             chosen = self._optimizer(alone)
-            changes = {"prepare": self.reference_model, "factor": self.reference_lr} | changes
+            factor = plain.neighbours_lr(resolved, self.plugin) or self.reference_lr
+            changes = {"prepare": self.reference_model, "factor": factor} | changes
             records = plain.records(alone, self.compute, self.max_norm, chosen, **changes)
             assert len(records) == STEPS, "the kit's own corpus and batch"
             if "prepare" in changes and changes["prepare"] != self.reference_model:

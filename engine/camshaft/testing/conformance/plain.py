@@ -58,6 +58,23 @@ def own_optimizer(resolved: Resolved, compute: str) -> Callable[[Llama], Optimiz
     return make
 
 
+def neighbours_lr(resolved: Resolved, plugin: str) -> Callable[[int, int], float] | None:
+    """The factor on the learning rate by the textbook of the plugin that owns it, where that is not ``plugin``.
+
+    Raises:
+        LookupError: it has none.
+    """
+    from camshaft.verify.textbook import find
+
+    owner = Host.of(resolved.recipe.plugins).owner("lr")
+    if owner is None or owner[0] == plugin:
+        return None
+    book, options = find(owner[0]), resolved.recipe.plugins[owner[0]]
+    if book is None:
+        raise LookupError(f"plugin '{owner[0]}' owns the learning rate and has no textbook to hold it to")
+    return lambda step, total: float(book.factor(options, step, total))
+
+
 def records(
     resolved: Resolved,
     compute: str,

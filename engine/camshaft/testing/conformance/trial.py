@@ -103,11 +103,14 @@ class Trial:
 
     def beside(self, other: str, ranks: int = 2, accumulation: int = 3) -> tuple[Resolved, int]:
         """The recipe with plugin ``other`` beside, and on how many ranks: twice ``ranks`` where ``other`` needs an axis
-        of its own.
+        of its own. What every recipe here has, clipping for one, is beside it as it is there.
 
         Raises:
             Refused: no recipe has both, as far as options can be guessed.
         """
+        usual = self._load(self._tree(ranks, accumulation, "", {}), ranks)
+        if other in usual.recipe.plugins:
+            return self.resolve(ranks, accumulation), ranks
         free = [degrees for degrees in AXES if not set(degrees) & set(self.fragment.get("parallel", {}))]
         try:
             guessed = list(sections(other))
