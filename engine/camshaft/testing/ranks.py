@@ -15,7 +15,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-
 _IMPORTED_BY_OPTIMIZERS = "torch._dynamo"
 """Torch imports it, and half a second of modules with it, in the first step; here, each rank would do so anew."""
 
