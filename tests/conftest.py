@@ -1,5 +1,6 @@
 """A corpus of uneven documents, and recipes over it."""
 
+import gc
 import json
 import os
 import random
@@ -9,7 +10,12 @@ import yaml
 
 from camshaft.recipe import load
 
-pytest_plugins = ("tests.broad",)
+pytest_plugins = ("broad",)
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: no collection of garbage has to look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

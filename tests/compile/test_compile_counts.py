@@ -182,6 +182,7 @@ def test_names_and_the_state_dict_are_those_of_the_uncompiled_model():
 
     class World:
         pieces = set()
+        stages = {}
 
     fields = {"num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "head_dim": 4}
     model = Llama(ModelConfig(**(MODEL | fields)))

@@ -78,7 +78,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     cases.symlink_to(BROKEN / "cases_of_broken.py")
     chosen = [f"{cases}::Test_{plugin}::{test}" for plugin, test in CAUGHT.items()]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={site}"]
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(site),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "400",
+        "PYTEST_ADDOPTS": "",
+    }
     done = subprocess.run(
         [*command, f"{cases}::Test_good", *chosen],
         cwd=site, env=environment, capture_output=True, text=True, timeout=280,

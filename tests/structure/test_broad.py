@@ -3,7 +3,8 @@
 from itertools import product
 
 import pytest
-from tests.broad import covering
+
+from broad import covering
 
 pytest_plugins = ("pytester",)
 
@@ -43,7 +44,7 @@ def test_every_value_occurs(sizes, share):
 def test_a_family_is_tried_in_part_unless_all_is_asked_for(pytester, monkeypatch, marker, full, passed):
     monkeypatch.setenv("CAMSHAFT_FULL_MATRIX", full)
     pytester.makepyfile(FAMILY.format(marker=marker))
-    result = pytester.runpytest_inprocess("-p", "tests.broad", "-p", "no:xdist")
+    result = pytester.runpytest_inprocess("-p", "broad", "-p", "no:xdist")
     result.assert_outcomes(passed=passed, deselected=9 - passed)
 
 
@@ -51,7 +52,5 @@ def test_a_case_that_is_asked_for_by_name_runs(pytester, monkeypatch):
     monkeypatch.setenv("CAMSHAFT_FULL_MATRIX", "")
     path = pytester.makepyfile(FAMILY.format(marker="@pytest.mark.broad"))
     for ranks, row in product((1, 2), range(4)):
-        result = pytester.runpytest_inprocess(
-            "-p", "tests.broad", "-p", "no:xdist", f"{path}::test_family[{ranks}-{row}]"
-        )
+        result = pytester.runpytest_inprocess("-p", "broad", "-p", "no:xdist", f"{path}::test_family[{ranks}-{row}]")
         result.assert_outcomes(passed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -88,6 +89,7 @@ def _rank(
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # else each collection of garbage writes to all that the parent has, and so copies those pages
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     status = 0

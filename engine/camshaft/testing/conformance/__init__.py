@@ -151,12 +151,13 @@ class Conformance:
 
         alone = trial.alone(resolved)
         tree = {key: value for key, value in alone.tree.items() if key not in ("run", "batch")}
-        tree["neighbours"] = sorted(slots(set(resolved.recipe.plugins) - {self.plugin}) & {"lr"})
+        tree["rate"] = sorted(name for name in resolved.tree.get("plugins", {}) if "lr" in slots([name]))
         own = f"{type(self).__module__}:{type(self).__qualname__}" if self._own_reference() else ""
         key = json.dumps([own, tree, self.compute, self.max_norm])
         if key not in _references or changes:
             chosen = self._optimizer(alone)
-            factor = plain.neighbours_lr(resolved, self.plugin) or self.reference_lr
+            factor = plain.neighbours_lr(resolved, self.plugin) if tree["rate"] else None
+            factor = factor or self.reference_lr
             changes = {"prepare": self.reference_model, "factor": factor} | changes
             records = plain.records(alone, self.compute, self.max_norm, chosen, **changes)
             assert len(records) == STEPS, "the kit's own corpus and batch"
