@@ -18,6 +18,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Libraries look at the end whether all is gone."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def same_environment():
     """Libraries write into the environment (DeepSpeed sets LOCAL_RANK), and what starts later would believe it."""
