@@ -1,13 +1,15 @@
 """Families of tests that are tried in part: enough of each that every value of every parameter occurs.
 
 ``@pytest.mark.broad`` or ``pytestmark = pytest.mark.broad`` on parametrized tests whose cases are long; the complete
-families run with CAMSHAFT_FULL_MATRIX=1. A family of which only some cases were asked for runs those.
+families run with CAMSHAFT_FULL_MATRIX=1, and those of the kit with CAMSHAFT_FULL_CONFORMANCE=1 too. A family of which
+only some cases were asked for runs those. Classes that share a test are one family, and a value of it each.
 """
 
 import os
 from collections import defaultdict
 
 SHARE = 0.5
+COMPLETE = ("CAMSHAFT_FULL_MATRIX", "CAMSHAFT_FULL_CONFORMANCE")
 
 
 def pytest_configure(config):
@@ -33,17 +35,19 @@ def covering(cases, share):
 
 
 def pytest_collection_modifyitems(config, items):
-    if os.environ.get("CAMSHAFT_FULL_MATRIX"):
+    if any(map(os.environ.get, COMPLETE)):
         return
     families = defaultdict(list)
     for item in items:
         if item.get_closest_marker("broad") is not None and hasattr(item, "callspec"):
-            families[item.nodeid.split("[")[0]].append(item)
+            families[item.path, item.originalname].append(item)
     out = set()
     for family in families.values():
         marker = family[0].get_closest_marker("broad")
         share = marker.args[0] if marker.args else SHARE
-        values = [{(name, repr(value)) for name, value in item.callspec.params.items()} for item in family]
+        values = [
+            {("", item.cls), *((name, repr(each)) for name, each in item.callspec.params.items())} for item in family
+        ]
         kept = covering(values, share)
         out |= set(map(id, family)) - {id(family[index]) for index in kept}
     if out:

@@ -11,6 +11,8 @@ from camshaft.testing import Conformance
 from camshaft.testing.conformance.companions import shipped
 from camshaft.testing.conformance.trial import Refused, Trial, write_corpus
 
+pytestmark = pytest.mark.broad
+
 
 class Line(NamedTuple):
     """Kind, options, and whatever else of the class differs."""

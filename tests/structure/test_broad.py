@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from broad import covering
+from broad import COMPLETE, covering
 
 pytest_plugins = ("pytester",)
 
@@ -42,6 +42,7 @@ def test_every_value_occurs(sizes, share):
     ],
 )
 def test_a_family_is_tried_in_part_unless_all_is_asked_for(pytester, monkeypatch, marker, full, passed):
+    monkeypatch.setenv("CAMSHAFT_FULL_CONFORMANCE", "")
     monkeypatch.setenv("CAMSHAFT_FULL_MATRIX", full)
     pytester.makepyfile(FAMILY.format(marker=marker))
     result = pytester.runpytest_inprocess("-p", "broad", "-p", "no:xdist")
@@ -49,8 +50,41 @@ def test_a_family_is_tried_in_part_unless_all_is_asked_for(pytester, monkeypatch
 
 
 def test_a_case_that_is_asked_for_by_name_runs(pytester, monkeypatch):
-    monkeypatch.setenv("CAMSHAFT_FULL_MATRIX", "")
+    for name in COMPLETE:
+        monkeypatch.setenv(name, "")
     path = pytester.makepyfile(FAMILY.format(marker="@pytest.mark.broad"))
     for ranks, row in product((1, 2), range(4)):
         result = pytester.runpytest_inprocess("-p", "broad", "-p", "no:xdist", f"{path}::test_family[{ranks}-{row}]")
         result.assert_outcomes(passed=1)
+
+
+CLASSES = """
+import pytest
+
+class Family:
+    @pytest.mark.parametrize("neighbour", range(4))
+    def test_beside(self, neighbour):
+        print("ran", type(self).__name__, neighbour)
+
+class Test_one(Family):
+    pass
+
+class Test_two(Family):
+    pass
+
+class Test_three(Family):
+    pass
+
+pytestmark = pytest.mark.broad
+"""
+
+
+def test_classes_that_share_a_test_are_one_family(pytester, monkeypatch):
+    for name in COMPLETE:
+        monkeypatch.setenv(name, "")
+    pytester.makepyfile(CLASSES)
+    result = pytester.runpytest_inprocess("-p", "broad", "-p", "no:xdist", "-s", "-vv")
+    result.assert_outcomes(passed=6, deselected=6)
+    ran = [line.split("ran ")[1].split() for line in result.outlines if "ran " in line]
+    assert {name for name, _ in ran} == {"Test_one", "Test_two", "Test_three"}
+    assert {number for _, number in ran} == {"0", "1", "2", "3"}
