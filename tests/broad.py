@@ -8,7 +8,7 @@ only some cases were asked for runs those. Classes that share a test are one fam
 import os
 from collections import defaultdict
 
-SHARE = 0.5
+SHARE = 1 / 3
 COMPLETE = ("CAMSHAFT_FULL_MATRIX", "CAMSHAFT_FULL_CONFORMANCE")
 
 

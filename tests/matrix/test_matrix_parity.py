@@ -1,6 +1,6 @@
 """Data-parallel family x tensor x pipeline x precision and optimizer: each is refused, or equals one plain process.
 
-By default half of a sample that has every pair of values; with CAMSHAFT_FULL_MATRIX=1 every combination on few ranks
+By default a third of a sample that has every pair of values; with CAMSHAFT_FULL_MATRIX=1 every combination on few ranks
 besides, with CAMSHAFT_FULL_MATRIX=every all of them, and the page docs/parity.md is written from what was measured.
 """
 
