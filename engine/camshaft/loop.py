@@ -28,6 +28,7 @@ from camshaft.errors import (
     is_out_of_memory,
 )
 from camshaft.host import Host, distribution, installed
+from camshaft.host_memory import keep_freed_memory
 from camshaft.mesh import Mesh
 from camshaft.meter import Meter
 from camshaft.recipe import check
@@ -106,6 +107,8 @@ def session(
     if resolved.recipe.batch.micro_batch_size == AUTO:
         fix = "give a number; `camshaft train` finds one where it starts the ranks itself"
         raise RecipeError(resolved.problem("batch.micro_batch_size", "auto was not resolved before the run", fix))
+    if device.type == "cpu" and resolved.recipe.launch.keep_freed_memory:
+        keep_freed_memory()
     connect(environment, device.type, resolved.recipe.launch.group_timeout_s)
     trainer: Trainer | None = None
     status = "failed"

@@ -195,6 +195,8 @@ class Launch(Section):
     """Processes on this machine. `auto`: one a GPU, one without a GPU."""
     threads_per_rank: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = "auto"
     """Threads of one rank on a CPU. `auto`: cores / processes."""
+    keep_freed_memory: bool = True
+    """On a CPU: a rank keeps what a step frees for the next step, in place of giving it back to the system (glibc)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where there is a GPU, else the CPU."""
     memory_gib: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
