@@ -15,6 +15,7 @@ from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
 
 from camshaft.data.loader import Batch
+from camshaft.host_memory import keep_freed_memory
 from camshaft.recipe import Resolved
 from tools.bench.setup import (
     BUCKET_MB,
@@ -138,6 +139,15 @@ class Ddp(Bare):
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients travel in the last one."""
         return nullcontext() if last else self.model.no_sync()  # type: ignore[operator]
+
+
+class KeptDdp(Ddp):
+    """DistributedDataParallel with the engine's setting of the C library, to see what that alone is worth."""
+
+    def build(self, model: Module) -> tuple[Module, torch.optim.Optimizer]:
+        """Keep freed memory, then wrap the model."""
+        assert keep_freed_memory(), "this machine's allocator has no such setting, or the environment has its own"
+        return super().build(model)
 
 
 class ZeroRedundancy(Ddp):

@@ -30,6 +30,7 @@ CASES = (
     Case("tiny", {"preset": "llama-tiny"}, 128, 8, 1, "bf16", steps=4, blocks=40),
     Case("tiny-accumulated", {"preset": "llama-tiny"}, 128, 4, 4, "bf16", steps=2, blocks=40),
     Case("small", SMALL, 256, 4, 1, "bf16", steps=1, blocks=40),
+    Case("small-short", SMALL, 128, 1, 1, "bf16", steps=2, blocks=40),
     Case("larger", {"preset": "llama-small"}, 128, 4, 1, "bf16", steps=1, blocks=30),
 )
 OVERHEAD = (
@@ -63,6 +64,7 @@ OURS = {
 }
 PEERS = {
     "DDP": Entry(peers.Ddp),
+    "DDP, freed memory kept": Entry(peers.KeptDdp),
     "ZeroRedundancyOptimizer": Entry(peers.ZeroRedundancy),
     "fully_shard, keeping": Entry(peers.FullyShardKeep),
     "fully_shard": Entry(peers.FullyShard),
@@ -73,7 +75,9 @@ PEERS = {
     "DeepSpeed 3": Entry(peers_deepspeed.DeepSpeed3),
 }
 BARE = "bare loop"
-ALONE = {BARE: Entry(peers.Bare, group=False), **OURS} | {k: v for k, v in PEERS.items() if "bf16" not in k}
+_VARIANTS = ("DDP, freed memory kept", "fully_shard, keeping, bf16 gathers", "fully_shard, bf16 gathers")
+"""Of peers, only raced on two ranks."""
+ALONE = {BARE: Entry(peers.Bare, group=False), **OURS} | {k: v for k, v in PEERS.items() if k not in _VARIANTS}
 TOGETHER = {**OURS, **PEERS}
 
 Target = tuple[str, str, float]
