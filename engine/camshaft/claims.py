@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, get_args
 
 from camshaft.errors import PluginError, Problem
-from camshaft.host import installed
+from camshaft.host import usual
 
 if TYPE_CHECKING:
     from camshaft.mesh import Axis, MeshShape
@@ -204,10 +204,9 @@ def _unclaimed(plans: Mapping[str, Plan], mesh: MeshShape) -> list[Problem]:
 
 
 def _example(axis: Axis) -> str:
-    """A line that claims the axis, as far as an installed plugin is named like the axis' key in the recipe."""
-    named = [name for name in installed() if axis.key.startswith(name)]
-    name = "ddp" if axis.splits_batch else next(iter(named), None)
-    return "" if name is None else f" (plugins.{name}: {{}})"
+    """A line that claims the axis, as far as an installed plugin is the usual choice for it."""
+    found = usual("data_parallel" if axis.splits_batch else axis.key)
+    return "" if found is None else f" (plugins.{found[0]}: {found[1]})"
 
 
 def _check_words(name: str, plan: Plan, mesh: MeshShape) -> None:

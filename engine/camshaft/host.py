@@ -5,8 +5,9 @@ Pluggy links, it does not run: hooks are validated and collected here when a run
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -97,6 +98,23 @@ def plugin_class(name: str) -> type[Plugin]:
             f"written for hook API {loaded.hook_api}, and this Camshaft has {HOOK_API}: upgrade it",
         )
     return loaded
+
+
+def classes() -> Iterator[tuple[str, type[Plugin]]]:
+    """Name and class of every installed plugin. Those that cannot be loaded are left out."""
+    for name in installed():
+        with contextlib.suppress(PluginError):
+            yield name, plugin_class(name)
+
+
+def usual(need: str) -> tuple[str, str] | None:
+    """The plugin that is the usual choice for a slot or a key of ``parallel``, and its section then; None: none is."""
+    return next(((name, each.usual[need]) for name, each in classes() if need in each.usual), None)
+
+
+def packages(names: Iterable[str]) -> dict[str, str]:
+    """Packages that the plugins called ``names`` can make use of, module to distribution."""
+    return {module: package for name in names for module, package in plugin_class(name).packages.items()}
 
 
 class Host:
@@ -220,9 +238,9 @@ def slot_problems(owners: Mapping[str, list[str]]) -> list[Problem]:
         if len(names) > 1
     ]
     if "optimizer" in owners and not owners["optimizer"]:
-        problems.append(
-            Problem("no plugin owns the slot 'optimizer'", key="plugins", fix="add plugins.adamw: {lr: 3e-4}")
-        )
+        found = usual("optimizer")
+        fix = "enable a plugin that owns it" if found is None else f"add plugins.{found[0]}: {found[1]}"
+        problems.append(Problem("no plugin owns the slot 'optimizer'", key="plugins", fix=fix))
     return problems
 
 

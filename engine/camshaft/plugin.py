@@ -32,8 +32,16 @@ class Plugin:
     hook_api: ClassVar[int] = HOOK_API
     Options: ClassVar[type[Options]] = Options
     commands: ClassVar[Mapping[str, str]] = {}
-    """What it does outside of a run: a command (``bench``) to ``module:function``, which gets the words behind
-    ``camshaft bench <plugin>`` and is imported only then."""
+    """What it does outside of a run: a command to ``module:function``, which is imported only then. ``bench`` gets the
+    words behind ``camshaft bench <plugin>``; ``doctor`` yields (whether all is well, what, what was found)."""
+    usual: ClassVar[Mapping[str, str]] = {}
+    """What it is the usual choice for, to its section then: a slot (``optimizer``), a hook whose answers it takes
+    (``kernels``) or a key of ``parallel``. Told where a recipe lacks that, and taken by what ``new-plugin`` writes."""
+    taken: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Names that its options understand by themselves, by the kind of what bears them (``schedule``, ``kernel``):
+    another package's would never be asked."""
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Packages that it can make use of, module to distribution: their versions are kept with runs and proofs."""
     name: str = ""
 
     def __init__(self, options: Any = None) -> None:

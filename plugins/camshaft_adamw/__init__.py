@@ -9,7 +9,7 @@ Claims nothing: any layout of parameters that keeps them element by element work
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -45,6 +45,7 @@ class Plugin(camshaft.Plugin):
     """AdamW, fused where torch has it; no weight decay on norms and biases."""
 
     Options = Options
+    usual: ClassVar[dict[str, str]] = {"optimizer": "{lr: 3e-4}"}
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:

@@ -26,7 +26,7 @@ a step. This module imports no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import camshaft
 from camshaft_compile import rules
@@ -69,6 +69,7 @@ class Plugin(camshaft.Plugin):
     """Blocks compiled with torch.compile, one graph for all layers that are alike."""
 
     Options = Options
+    packages: ClassVar[dict[str, str]] = {"triton": "triton"}
     _blocks: Blocks | None = None
     _watcher: Watcher | None = None
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -44,6 +44,7 @@ class Plugin(camshaft.Plugin):
     """Data parallel: bucketed all-reduce of gradients, overlapped with backward."""
 
     Options = Options
+    usual: ClassVar[dict[str, str]] = {"data_parallel": "{}"}
     _reducer: Reducer | None = None
     _order: list[str] | None = None
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import camshaft
 from camshaft.claims import Claim, Plan, PlanContext
+from camshaft_kernels.registry import AUTO, PACKAGES, PROVIDERS
 
 if TYPE_CHECKING:
     from camshaft.activations import Kept
@@ -82,7 +83,13 @@ class Plugin(camshaft.Plugin):
     """Faster implementations of single operations, chosen for this machine."""
 
     Options = Options
-    commands: ClassVar[dict[str, str]] = {"bench": "camshaft_kernels.bench:main"}
+    commands: ClassVar[dict[str, str]] = {
+        "bench": "camshaft_kernels.bench:main",
+        "doctor": "camshaft_kernels.packages:found",
+    }
+    usual: ClassVar[dict[str, str]] = {"kernels": "{all: auto}"}
+    taken: ClassVar[dict[str, tuple[str, ...]]] = {"kernel": (*PROVIDERS, AUTO)}
+    packages = PACKAGES
     _choices: tuple[Choice, ...] = ()
     _usage: Usage | None = None
 

@@ -9,8 +9,7 @@ from camshaft.errors import Problem
 from camshaft.host import plugin_class
 from camshaft.recipe.suggest import nearest
 from camshaft_kernels.offers import OFFERS, Offer
-from camshaft_kernels.packages import PROVIDERS
-from camshaft_kernels.registry import AUTO, COMPILER, OPS, own_form
+from camshaft_kernels.registry import AUTO, COMPILER, OPS, PROVIDERS, own_form
 
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext

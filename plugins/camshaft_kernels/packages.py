@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from camshaft.cli import inventory
+from camshaft_kernels.registry import PACKAGES
 
 Lack = tuple[str, str]
 """What is missing, in one sentence without an end, and what to do about it."""
-
-PROVIDERS = ("torch", "triton", "apex", "liger", "transformer_engine", "flash_attention", "unfused")
-"""Providers that this plugin knows by itself. ``torch`` and ``unfused`` need nothing."""
 
 OLDEST_LIGER = (0, 6)
 INTERPRET = "TRITON_INTERPRET"
@@ -23,8 +21,34 @@ def _triton() -> Lack | None:
     return None
 
 
+def apex() -> tuple[str, bool]:
+    """Which apex is installed, and whether it is NVIDIA's with its CUDA extensions."""
+    if inventory.has_module("amp_C"):
+        return "NVIDIA apex with CUDA extensions (amp_C)", True
+    if not inventory.has_module("apex"):
+        return "not installed", False
+    if inventory.has_folders("apex", "normalization", "multi_tensor_apply"):
+        return "NVIDIA apex without its CUDA extensions: build it with --cpp_ext --cuda_ext", False
+    version = inventory.version("apex") or "of unknown version"
+    return (
+        f"PyPI's 'apex' {version}, an unrelated web package: pip uninstall apex, and build NVIDIA/apex from source",
+        False,
+    )
+
+
+def found() -> Iterator[tuple[bool, str, str]]:
+    """For ``camshaft doctor``: whether all is well, what was looked at, and what was found."""
+    text, real = apex()
+    yield real, "apex", text
+    versions = inventory.packages(PACKAGES)
+    there = [f"{module} {version}" for module, version in versions.items() if version]
+    absent = [module for module, version in versions.items() if not version]
+    told = ", ".join(there) or "none"
+    yield not absent, "kernels", told + (f"; not installed: {', '.join(absent)}" if absent else "")
+
+
 def _apex() -> Lack | None:
-    text, real = inventory.apex()
+    text, real = apex()
     if real:
         return None
     found = "NVIDIA apex is not installed" if text == "not installed" else f"this is no use here: {text}"

@@ -37,6 +37,15 @@ TORCH = "torch"
 """The provider that is always there."""
 UNFUSED = "unfused"
 """The provider of ``linear_cross_entropy`` that leaves the model's projection and its loss two operations."""
+PROVIDERS = (TORCH, "triton", "apex", "liger", "transformer_engine", "flash_attention", UNFUSED)
+"""Providers that this plugin knows by itself. ``torch`` and ``unfused`` need nothing."""
+PACKAGES = {
+    "triton": "triton",
+    "liger_kernel": "liger-kernel",
+    "transformer_engine": "transformer-engine",
+    "flash_attn": "flash-attn",
+}
+"""Module to distribution of the packages that providers need, beside apex, which is told apart by what is in it."""
 
 COMPILER = "compile"
 """The plugin under which modules are traced."""

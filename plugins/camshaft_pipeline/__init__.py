@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import camshaft
 from camshaft.program import Action, Kind
@@ -49,6 +49,8 @@ class Plugin(camshaft.Plugin):
     """Pipeline parallel: the model in stages, its schedule as data, checked and simulated."""
 
     Options = sections.Options
+    usual: ClassVar[dict[str, str]] = {"pipeline_parallel": "{}"}
+    taken: ClassVar[dict[str, tuple[str, ...]]] = {"schedule": get_args(sections.Name)}
     _executor: Executor | None = None
     _ties: Ties | None = None
     _deferral: Deferral | None = None

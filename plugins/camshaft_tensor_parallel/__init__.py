@@ -22,7 +22,7 @@ Claims the layout of parameters and of activations, and the sum of gradients, on
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
@@ -63,6 +63,7 @@ class Plugin(camshaft.Plugin):
     """Tensor and sequence parallel."""
 
     Options = Options
+    usual: ClassVar[dict[str, str]] = {"tensor_parallel": "{}"}
     _sharding: Sharding | None = None
     _copies: tuple[Copies, ...] = ()
 

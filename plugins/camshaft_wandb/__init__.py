@@ -21,7 +21,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -83,6 +83,7 @@ class Plugin(camshaft.Plugin):
     """Sends records on rank 0. No hook raises because of wandb."""
 
     Options = Options
+    packages: ClassVar[dict[str, str]] = {"wandb": "wandb"}
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

@@ -150,13 +150,12 @@ def test_names_that_cannot_be_are_refused(tmp_path: Path, name: str, message: st
 
 def test_names_that_recipes_know_already_are_refused(tmp_path: Path) -> None:
     """A package called so would never be asked: the shipped one is."""
-    from camshaft_kernels.packages import PROVIDERS
-    from camshaft_kernels.registry import AUTO
+    from camshaft_kernels.registry import AUTO, PROVIDERS
     from camshaft_pipeline.options import Options
 
     (names, _) = get_args(Options.model_fields["schedule"].annotation)
-    assert set(scaffold.kinds()["schedule"]["taken"]) == set(get_args(names))
-    assert set(scaffold.kinds()["kernel"]["taken"]) == {*PROVIDERS, AUTO}
+    assert scaffold.taken("schedule") == set(get_args(names))
+    assert scaffold.taken("kernel") == {*PROVIDERS, AUTO}
     for name, kind in (("gpipe", "schedule"), ("triton", "kernel")):
         with pytest.raises(RecipeError, match=f"names another {kind} in a recipe already"):
             scaffold.write(scaffold.Request(name, kind), tmp_path)

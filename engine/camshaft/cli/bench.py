@@ -36,13 +36,7 @@ def bench(
 
 def able() -> list[str]:
     """Installed plugins that measure something. Those that cannot be loaded are left out."""
-    found = []
-    for name in host.installed():
-        try:
-            found += [name] * (COMMAND in host.plugin_class(name).commands)
-        except PluginError:
-            continue
-    return found
+    return [name for name, plugin in host.classes() if COMMAND in plugin.commands]
 
 
 def load(plugin: str) -> Callable[[Sequence[str]], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tempfile
@@ -12,12 +13,15 @@ from typing import Literal
 
 import typer
 
+from camshaft import host
 from camshaft.cli import inventory
 from camshaft.cli.console import say, table
 from camshaft.errors import MachineError
 
 Grade = Literal["ok", "note", "missing"]
 _OLDEST_PYTHON = (3, 11)
+COMMAND = "doctor"
+"""What a plugin calls its own checks in ``Plugin.commands``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor() -> None:
-    """Check this machine: torch, CUDA, NCCL, DeepSpeed, packages of kernels, launchers, rendezvous and cache.
+    """Check this machine: torch, CUDA, NCCL, launchers, rendezvous, cache, and what plugins need.
 
     Exit status 3 if something is missing that every run needs.
     """
@@ -55,6 +59,19 @@ def findings() -> Iterator[Finding]:
         except Exception as error:  # a broken package may raise anything at import
             grade, text = "missing", f"{type(error).__name__}: {error}"
         yield Finding(grade, what, text)
+    for name, plugin in host.classes():
+        if COMMAND in plugin.commands:
+            yield from _asked(name, plugin.commands[COMMAND])
+
+
+def _asked(name: str, place: str) -> Iterator[Finding]:
+    """What a plugin finds. No run of every recipe needs it, so that nothing of it is essential."""
+    module, _, function = place.partition(":")
+    try:
+        for fine, what, text in getattr(importlib.import_module(module), function)():
+            yield Finding("ok" if fine else "note", what, text)
+    except Exception as error:
+        yield Finding("note", name, f"{type(error).__name__}: {error}")
 
 
 def _python() -> tuple[Grade, str]:
@@ -100,19 +117,6 @@ def _deepspeed() -> tuple[Grade, str]:
     return ("ok", found) if found else ("note", "not installed: set launch.launcher=torchrun")
 
 
-def _apex() -> tuple[Grade, str]:
-    text, real = inventory.apex()
-    return "ok" if real else "note", text
-
-
-def _kernels() -> tuple[Grade, str]:
-    found = inventory.kernels()
-    there = [f"{module} {version}" for module, version in found.items() if version]
-    absent = [module for module, version in found.items() if not version]
-    text = ", ".join(there) or "none"
-    return ("note" if absent else "ok"), text + (f"; not installed: {', '.join(absent)}" if absent else "")
-
-
 def _launchers() -> tuple[Grade, str]:
     from camshaft.cli.launch.commands import find_tool
 
@@ -149,8 +153,6 @@ CHECKS: dict[str, Callable[[], tuple[Grade, str]]] = {
     "nccl": _nccl,
     "gloo": _gloo,
     "deepspeed": _deepspeed,
-    "apex": _apex,
-    "kernels": _kernels,
     "launchers": _launchers,
     "rendezvous": _rendezvous,
     "cache": _cache,

@@ -1,4 +1,4 @@
-"""What this machine has: versions, GPUs, launchers, which apex. Names nobody and holds nothing of the environment."""
+"""What this machine has: versions, GPUs, launchers. Names nobody and holds nothing of the environment."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import importlib.util
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("camshaft", "torch", "deepspeed", "wandb", "tokenizers", "numpy", "safetensors", "pluggy", "pydantic")
-"""Packages whose versions a run directory records."""
+PACKAGES = ("camshaft", "torch", "deepspeed", "tokenizers", "numpy", "safetensors", "pluggy", "pydantic")
+"""Packages whose versions a run directory records, beside those that its plugins name."""
 
 
 def version(package: str) -> str | None:
@@ -30,42 +31,18 @@ def has_module(name: str) -> bool:
         return False
 
 
-def _has_folders(package: str, *names: str) -> bool:
+def has_folders(package: str, *names: str) -> bool:
     """Whether ``package`` has all these packages inside, without importing it: asking for one of them would."""
     spec = importlib.util.find_spec(package)
     places = [] if spec is None else spec.submodule_search_locations or []
     return any(all((Path(place) / name).is_dir() for name in names) for place in places)
 
 
-def apex() -> tuple[str, bool]:
-    """Which apex is installed, and whether it is NVIDIA's with its CUDA extensions."""
-    if has_module("amp_C"):
-        return "NVIDIA apex with CUDA extensions (amp_C)", True
-    if not has_module("apex"):
-        return "not installed", False
-    if _has_folders("apex", "normalization", "multi_tensor_apply"):
-        return "NVIDIA apex without its CUDA extensions: build it with --cpp_ext --cuda_ext", False
-    found = version("apex") or "of unknown version"
-    return (
-        f"PyPI's 'apex' {found}, an unrelated web package: pip uninstall apex, and build NVIDIA/apex from source",
-        False,
-    )
-
-
-KERNELS = {
-    "triton": "triton",
-    "liger_kernel": "liger-kernel",
-    "transformer_engine": "transformer-engine",
-    "flash_attn": "flash-attn",
-}
-"""Module to distribution of the packages that hold implementations of single operations, beside apex."""
-
-
-def kernels() -> dict[str, str | None]:
-    """Module to version of each package of ``KERNELS``; None: it is not there. Nothing is imported."""
+def packages(wanted: Mapping[str, str]) -> dict[str, str | None]:
+    """Version of each package that is ``wanted``, module to distribution; None: not there. Nothing is imported."""
     return {
         module: (version(package) or "of unknown version") if has_module(module) else None
-        for module, package in KERNELS.items()
+        for module, package in wanted.items()
     }
 
 
@@ -103,13 +80,17 @@ def git_commit(folder: Path) -> str | None:
     return found.stdout.strip() or None
 
 
-def run_environment(folder: Path, launcher: str, world_size: int) -> dict[str, Any]:
-    """Content of a run's env.json: a fixed list of facts. ``folder``: the recipe's, for the commit. Imports torch."""
+def run_environment(
+    folder: Path, launcher: str, world_size: int, named: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Content of a run's env.json: a fixed list of facts. ``folder``: the recipe's, for the commit; ``named``: packages
+    that its plugins name, module to distribution. Imports torch.
+    """
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in (*PACKAGES, *sorted((named or {}).values()))},
         **cuda_versions(),
         "gpus": gpus(),
         "launcher": launcher,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from camshaft import host
 from camshaft.cli import inventory
 from camshaft.cli.console import OverridesArgument, RecipeArgument
 from camshaft.cli.launch.claim import begin, end, take
@@ -210,7 +211,8 @@ def _train(station: Station, resolved: Resolved, changes: Sequence[str], directo
 
     environment = station.environment
     if environment.rank == 0:
-        facts = inventory.run_environment(resolved.base_dir, environment.launcher, environment.world_size)
+        named = host.packages(resolved.recipe.plugins)
+        facts = inventory.run_environment(resolved.base_dir, environment.launcher, environment.world_size, named)
         directory.keep("env.json", json.dumps(facts, indent=2) + "\n")
     return loop.run(
         resolved,

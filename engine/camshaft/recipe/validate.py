@@ -67,7 +67,8 @@ def _plugin_sections(document: Document, problems: list[Problem]) -> tuple[dict[
         return {}, []
     if not isinstance(parent.value, dict):
         message = f"must be a mapping of plugins to their options, got {show(parent.value)}"
-        problems.append(Problem(message, key=PLUGINS, fix="write 'adamw: {lr: 3e-4}' under it, a line for each plugin"))
+        line = ": ".join(host.usual("optimizer") or ("name", "{}"))
+        problems.append(Problem(message, key=PLUGINS, fix=f"write '{line}' under it, a line for each plugin"))
         return {}, []
     installed = host.installed()
     named = [name for name, node in parent.value.items() if not node.bad]

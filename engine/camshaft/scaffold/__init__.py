@@ -17,7 +17,7 @@ import yaml
 
 from camshaft import HOOK_API, __version__
 from camshaft.errors import MachineError, RecipeError
-from camshaft.host import installed
+from camshaft.host import classes, installed, usual
 from camshaft.schedules import offered
 
 LICENSES = {"apache-2.0": "apache-2.0.in", "mit": "mit.in"}
@@ -52,6 +52,11 @@ def kinds() -> Mapping[str, Mapping[str, Any]]:
     """Kind to what is particular to it."""
     found: Mapping[str, Mapping[str, Any]] = yaml.safe_load(_text("kinds.yaml"))
     return found
+
+
+def taken(kind: str) -> frozenset[str]:
+    """Names that recipes know as another ``kind`` already: those of installed plugins' own."""
+    return frozenset(name for _, plugin in classes() for name in plugin.taken.get(kind, ()))
 
 
 def check_name(name: str) -> None:
@@ -107,7 +112,7 @@ def write(request: Request, into: Path) -> Path:
     if request.license not in LICENSES:
         raise RecipeError(f"there is no license '{request.license}' here: use one of {', '.join(LICENSES)}")
     check_name(request.name)
-    if request.name in kinds()[request.kind].get("taken", ()):
+    if request.name in taken(request.kind):
         raise RecipeError(f"'{request.name}' names another {request.kind} in a recipe already: choose another name")
     folder = into / request.distribution
     texts = render(request)
@@ -146,11 +151,24 @@ def _words(request: Request, kind: Mapping[str, Any]) -> dict[str, str]:
         "tested": request.name,
         "imports": "import camshaft.testing\n",
         "parallel": "",
+        **{need: _usual(need) for need in ("optimizer", "data_parallel", "pipeline_parallel", "kernels")},
         **{key: value for key, value in kind.items() if isinstance(value, str)},
     }
     words["reference"] = _text(kind["reference"]) if "reference" in kind else ""
     words["plugins"] = "\n".join(f"  {line}" for line in kind["plugins"].splitlines())
     return {key: _fill(value, words) for key, value in words.items()}
+
+
+def _usual(need: str) -> str:
+    """The plugin that a recipe takes for it.
+
+    Raises:
+        MachineError: none is installed.
+    """
+    found = usual(need)
+    if found is None:
+        raise MachineError(f"no installed plugin is the usual choice for '{need}': the recipe would lack it")
+    return found[0]
 
 
 def _fill(text: str, words: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from camshaft.host import distribution, installed, plugin_class
+from camshaft.host import distribution, installed, packages, plugin_class
 from camshaft.schedules import offered
 
 _LARGE = 1 << 22
@@ -25,8 +25,9 @@ def versions(sections: Mapping[str, Any]) -> dict[str, str]:
     ``sections``: plugin to its section. Extra dependencies count where they are called like a plugin of the recipe.
     Imports no torch.
     """
-    from camshaft.cli.inventory import kernels, version
+    from camshaft.cli import inventory
 
+    version = inventory.version
     points = installed()
     named = {name: points[name] for name in sections if name in points}
     found = {
@@ -37,8 +38,8 @@ def versions(sections: Mapping[str, Any]) -> dict[str, str]:
     }
     owners = {point.dist.name for point in named.values() if point.dist is not None} | {"camshaft"}
     needed = {each for owner in owners for each in _requirements(owner, set(sections))}
-    packages = {each: version(each) for each in sorted(needed)} | kernels()
-    return found | {f"package {each}": told for each, told in packages.items() if told is not None}
+    used = {each: version(each) for each in sorted(needed)} | inventory.packages(packages(named))
+    return found | {f"package {each}": told for each, told in used.items() if told is not None}
 
 
 def _requirements(owner: str, extras: set[str]) -> Iterator[str]:
