@@ -12,6 +12,9 @@ from camshaft.recipe import load
 
 pytest_plugins = ("broad",)
 
+# Before torch is: tests are as many processes as there are cores, and a second thread of each only waits, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_collection_finish():
     """What was imported and collected stays: no collection of garbage has to look at it again."""
