@@ -1,9 +1,11 @@
 """The bytes that are printed are those that a rank holds less, measured on the memory itself."""
 
 import logging
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from recompute_cases import FULL, MODES, Builds, Wet, recipe
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +43,19 @@ class Living(TorchDispatchMode):
         return sum(size for each, size in self.made.items() if not each.expired())
 
 
+def settled(living):
+    """Bytes of what lives once messages are let go of: a thread of gloo's holds the last one for a moment longer than
+    ``wait`` lasts, and for long where it gets no processor (that of the loss, 2 numbers of 4 bytes a token).
+    """
+    if not dist.is_initialized():
+        return living.bytes()
+    found = []
+    for _ in range(5):
+        time.sleep(0.01)
+        found.append(living.bytes())
+    return min(found)
+
+
 class Meter(Plugin):
     """Bytes that each forward made and that live when its backward begins; autocast has let go of its copies then."""
 
@@ -53,7 +68,7 @@ class Meter(Plugin):
         def forward(batch):
             with Living() as living:
                 made = call(batch)
-            made.register_hook(lambda gradient: self.held.append(living.bytes()))
+            made.register_hook(lambda gradient: self.held.append(settled(living)))
             return made
 
         return forward
@@ -100,7 +115,7 @@ def compared(make_recipe, world_size, options, **settings):
     pairs, lines = [], []
     for (without, _, _), (held, extras, told) in ranks:
         assert len(without) == len(held) >= 6
-        # Of the last step; messages may be under way beside one microbatch or another.
+        # Of the last step; a pipeline's messages may be under way beside one microbatch or another.
         less = min(without[-3:]) - min(held[-3:])
         pairs.append((less, extras["plugin/recompute/saved_gib"] * GIB))
         lines.append(told)
@@ -125,8 +140,7 @@ def test_divided_products(make_recipe, mode, sequence):
     }
     pairs, _ = compared(make_recipe, 2, MODES[mode], **settings)
     for less, told in pairs:
-        # Equal to the byte as a rule; once 512 of 163,328 bytes were missing on a loaded machine, and why is not known.
-        assert told > 50_000 and abs(less - told) <= 0.005 * told
+        assert less == told > 50_000
 
 
 def test_stages_tell_of_their_own_layers(make_recipe):
