@@ -9,6 +9,7 @@ from pydantic import Field
 
 import camshaft
 from camshaft.errors import Problem
+from camshaft_recompute import operations
 from camshaft_recompute.patterns import KINDS
 
 Mode = Literal["none", "selective", "full", "offload"]
@@ -99,3 +100,4 @@ def _lists(options: Options, key: str) -> Iterator[Problem]:
                 key=f"{key}.save",
                 fix=f"take one of {', '.join(KINDS)}, or the name of an operation such as aten.mm",
             )
+    yield from operations.faults(options.save or (), f"{key}.save")

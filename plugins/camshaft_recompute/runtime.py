@@ -9,11 +9,12 @@ import torch
 from torch.nn import Module
 
 from camshaft.comm import Channel
-from camshaft.errors import Problem, RecipeError
+from camshaft.errors import RecipeError
 from camshaft_recompute.choice import Choice, Cost, best
 from camshaft_recompute.keeping import Keeper
 from camshaft_recompute.kinds import makes, of_kinds, unknown
 from camshaft_recompute.offload import Line, Offloaded
+from camshaft_recompute.operations import strange
 from camshaft_recompute.options import Options
 from camshaft_recompute.region import Region
 from camshaft_recompute.regions import find
@@ -45,12 +46,9 @@ class Runtime:
             kib = OFFLOAD_FROM_KIB if options.offload_from_kib is None else options.offload_from_kib
             line, least = Line(device, self._place), int(kib * 1024)
             return {name: Offloaded(name, module, device, tally, least, line) for name, module in modules.items()}
-        strange = unknown(options.kinds)
-        if strange:
-            fix = "take a kind, or the name of an operation as torch.ops.aten has it, such as aten.mm"
-            raise RecipeError(
-                Problem(f"torch has no operation '{strange[0]}'", key=f"plugins.{self._name}.save", fix=fix)
-            )
+        missing = unknown(options.kinds)
+        if missing:
+            raise RecipeError(strange(missing[0], f"plugins.{self._name}.save"))
         keep = of_kinds(options.kinds) if options.mode == "selective" and options.budget is None else None
         return {name: Region(name, module, device, tally, keep) for name, module in modules.items()}
 

@@ -1,6 +1,7 @@
 """What means nothing together is refused with the fix, and a plugin that saves nothing says so."""
 
 import pytest
+import torch
 from recompute_cases import FULL, Builds, recipe, train
 
 from camshaft.errors import RecipeError
@@ -8,8 +9,9 @@ from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.recipe import check
 from camshaft.testing.ranks import RankFailed
+from camshaft_recompute import operations
 from camshaft_recompute.options import Options
-from camshaft_recompute.patterns import chosen, matches, number
+from camshaft_recompute.patterns import KINDS, chosen, matches, number
 
 REFUSED = {
     "save without choice": ({"mode": "full", "save": ["products"]}, "mode 'full' nothing is chosen", "mode=selective"),
@@ -18,6 +20,13 @@ REFUSED = {
     "two budgets": ({"budget_gib": 1.0, "budget_bytes": 5}, "the budget is given twice", "remove budget_bytes"),
     "two choices": ({"budget_gib": 1.0, "save": ["products"]}, "so does the budget's choice", "remove save"),
     "a word": ({"save": ["matmuls"]}, "'matmuls' is no kind of operation; there are: products", "aten.mm"),
+    "an operation": (
+        {"save": ["aten.bmm", "aten.mmm", "my_lib.op"]},
+        "torch has no operation 'aten.mmm'",
+        "use aten.mm",
+    ),
+    "an overload": ({"save": ["aten.mm.default"]}, "torch has no operation 'aten.mm.default'", "use aten.mm"),
+    "a pattern": ({"save": ["aten.scaleddot*"]}, "torch has no operation 'aten.scaleddot*'", "take a kind"),
     "no kinds": ({"save": []}, "'save' is empty", "name at least one"),
     "no modules": ({"modules": []}, "'modules' is empty", "name at least one"),
     "a size": ({"mode": "full", "offload_from_kib": 4.0}, "is about mode 'offload'", "mode=offload"),
@@ -36,7 +45,8 @@ def test_is_refused(make_recipe, case):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "none", "every": 2}, {"every": 2, "layers": [0, 2]}, {"save": ["my_lib.*"]}]
+    "options",
+    [{"mode": "none", "every": 2}, {"every": 2, "layers": [0, 2]}, {"save": ["my_lib.*", "aten._scaled_dot*"]}],
 )
 def test_is_legal(make_recipe, options):
     assert check(recipe(make_recipe, 1, options), 1, device="cpu").problems == ()
@@ -52,7 +62,20 @@ def test_layers_that_the_model_lacks(make_recipe):
         train(make_recipe, 1, {"mode": "full", "layers": [1, 4]}, kind=Llama)
 
 
-def test_operations_that_torch_lacks(make_recipe):
+def test_the_table_of_operations_is_that_of_the_torch_that_runs():
+    """Names that torch has besides are of its script language, which no module calls."""
+    there = {each.name.removeprefix("aten::") for each in torch._C._jit_get_all_schemas() if each.name[:6] == "aten::"}
+    named = {each.removeprefix("aten.") for each in operations.native()}
+    assert len(named) > 1000 and named <= there
+    assert {"mm", "_to_copy", "native_layer_norm", "_fused_rms_norm", "silu", "_scaled_mm"} <= named
+    assert not {name for kind in KINDS.values() for name in kind if name[:5] == "aten." and "*" not in name} - {
+        *operations.native(),
+        "aten._scaled_mm_v2",  # of newer torches
+    }
+
+
+def test_operations_that_torch_lacks_are_told_at_the_latest_when_it_is_there(make_recipe, monkeypatch):
+    monkeypatch.setattr(operations, "native", frozenset)
     with pytest.raises(RankFailed, match=r"recompute.save: torch has no operation 'aten.mmm'. Fix: take a kind"):
         train(make_recipe, 1, {"save": ["aten.bmm", "my_lib.op", "aten.mmm"]})
 
