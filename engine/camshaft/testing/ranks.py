@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
@@ -10,14 +11,22 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_IMPORTED_BY_OPTIMIZERS = "torch._dynamo"
-"""Torch imports it, and half a second of modules with it, in the first step; here, each rank would do so anew."""
+FORKED_WITH = ["torch._dynamo"]
+"""Modules that ranks are forked with, for each would import them anew: torch itself imports that one in the first step,
+and half a second of modules with it. A project adds those of its own that importing does not tie to a process.
+"""
+
+
+PATIENCE = 5.0
+"""A limit's multiple at which it ends on any machine, however long ranks waited for a processor."""
+GRACE_S = 5.0
+"""How long the other ranks may go on when one has failed."""
 
 
 class RankFailed(AssertionError):
@@ -28,24 +37,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     """Run ``function(rank, world_size, *arguments)`` on forked ranks of one gloo group; return the results by rank.
 
     With one rank no process group is made. Results travel pickled. The caller's threads do not exist in the ranks, and
-    the caller must not have a process group of its own.
+    the caller must not have a process group of its own. Of a busy machine, what a rank waits for a processor does not
+    count as time that it took.
 
     Raises:
         RankFailed: a rank raised, died or ran longer than ``timeout_s``.
     """
-    importlib.import_module(_IMPORTED_BY_OPTIMIZERS)
+    for name in FORKED_WITH:
+        importlib.import_module(name)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments))
+            given = (rank, world_size, folder, timeout_s, sender, function, arguments)
+            process = context.Process(target=_rank, args=given)
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, time.monotonic() + timeout_s)
+            return _collect(pipes, Clock([process.pid or 0 for process in processes]), timeout_s)
         finally:
             for process in processes:
                 process.join(timeout=2)
@@ -54,13 +66,41 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
                     process.join()
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+class Clock:
+    """Seconds since it was made, without those in which one of the processes was ready to run and none was free for it.
+
+    On a system that does not tell that, all seconds count.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids, self._begin, self._waited = pids, time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        """So far; a share of 1 / ``PATIENCE`` of what has passed at least."""
+        passed = time.monotonic() - self._begin
+        self._waited = max(self._waited, *map(waited_s, self._pids))
+        return max(passed - self._waited, passed / PATIENCE)
+
+
+def waited_s(pid: int) -> float:
+    """How long the thread of process ``pid`` that waited most was ready without a processor, in seconds (Linux,
+    Documentation/scheduler/sched-stats.rst); 0 where that is not known.
+    """
+    found = [0]
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it may end while it is looked at
+            found.append(int(path.read_text(encoding="ascii").split()[1]))
+    return max(found) / 1e9
+
+
+def _collect(pipes: list[Connection], clock: Clock, limit: float) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
     faults: list[str] = []
     waiting = dict(enumerate(pipes))
     while waiting:
-        ready = wait(list(waiting.values()), max(deadline - time.monotonic(), 0))
-        if not ready:
+        left = limit - clock.seconds()
+        ready = wait(list(waiting.values()), min(max(left, 0.0), 1.0))
+        if not ready and left <= 0:
             faults.append(f"ranks {sorted(waiting)} did not end in time")
             break
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
@@ -72,7 +112,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
                 results[rank] = value
             else:
                 faults.append(f"rank {rank}: {value}")
-                deadline = min(deadline, time.monotonic() + 5)
+                limit = min(limit, clock.seconds() + GRACE_S)
     if faults:
         raise RankFailed("\n".join(faults))
     return results
@@ -82,6 +122,7 @@ def _rank(
     rank: int,
     world_size: int,
     folder: str,
+    timeout_s: float,
     sender: Connection,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -100,7 +141,7 @@ def _rank(
                 init_method=f"file://{Path(folder) / 'store'}",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=30),
+                timeout=timedelta(seconds=max(timeout_s, 30)),  # the caller ends what hangs
             )
             dist.barrier()  # a rank with nothing to say would be gone while its peers still connect to it
         report = pickle.dumps((True, function(rank, world_size, *arguments)))
