@@ -78,7 +78,7 @@ class Clock:
     def seconds(self) -> float:
         """So far; a share of 1 / ``PATIENCE`` of what has passed at least."""
         passed = time.monotonic() - self._begin
-        self._waited = max(self._waited, *map(waited_s, self._pids))
+        self._waited = max([self._waited, *map(waited_s, self._pids)])
         return max(passed - self._waited, passed / PATIENCE)
 
 

@@ -43,6 +43,10 @@ MODEL = {
 AXES: tuple[Mapping[str, int], ...] = ({}, {"tensor_parallel": 2}, {"pipeline_parallel": 2})
 """Degrees with which a plugin beside the tested one is tried, in this order."""
 
+WAIT_S = 120
+"""How long a rank waits for another: on a busy machine, or behind a slow disk, a save takes its time. What hangs is
+ended as early by ``run_ranks``."""
+
 Tree = Mapping[str, Any]
 
 
@@ -164,7 +168,7 @@ class Trial:
                 "cache_dir": str(self.corpus / "cache"),
             },
             "training": {"max_epochs": 1, "log_every": 1},
-            "launch": {"device": "cpu", "threads_per_rank": 1, "group_timeout_s": 30},
+            "launch": {"device": "cpu", "threads_per_rank": 1, "group_timeout_s": WAIT_S},
             "plugins": {},
         }
 
