@@ -62,7 +62,8 @@ def product(left: Rounded, right: Rounded, *, fast: bool) -> Tensor:
     """
     a, b = left.values.contiguous(), right.values.contiguous()  # whatever strides the model has given them
     if a.device.type == "cpu" and not _CPU_KERNEL:
-        return (a.float().mul(left.inverse) @ b.float().mul(right.inverse).t()).to(torch.bfloat16)
+        with torch.autocast("cpu", enabled=False):
+            return (a.float().mul(left.inverse) @ b.float().mul(right.inverse).t()).to(torch.bfloat16)
     rowwise = left.inverse.ndim == 2
     recipe = F.ScalingType.RowWise if rowwise else F.ScalingType.TensorWise
     inverse = right.inverse.t() if rowwise else right.inverse

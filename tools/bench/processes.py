@@ -45,15 +45,17 @@ class Ranks:
         RuntimeError: from every method, when a rank raised, died or did not answer; holds its report.
     """
 
-    def __init__(self, name: str, jobs: list[Job], build: Build, group: bool) -> None:
+    def __init__(self, name: str, jobs: list[Job], build: Build, group: bool, fresh: bool = False) -> None:
         self.name = name
-        context = multiprocessing.get_context("fork")
+        # What was forked from a process that has asked CUDA anything cannot use a GPU.
+        context: Any = multiprocessing.get_context("spawn" if fresh else "fork")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
         for job in jobs:
             own, other = context.Pipe()
-            arguments = (other, [*self._pipes, own], Path(self._folder.name) / "store", job, build, group)
+            inherited = [] if fresh else [*self._pipes, own]
+            arguments = (other, inherited, Path(self._folder.name) / "store", job, build, group)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             other.close()
@@ -194,9 +196,9 @@ def _status(key: str) -> int:
 
 
 @contextmanager
-def alive(name: str, jobs: list[Job], build: Build, group: bool) -> Iterator[Ranks]:
-    """Ranks that end with the block."""
-    ranks = Ranks(name, jobs, build, group)
+def alive(name: str, jobs: list[Job], build: Build, group: bool, fresh: bool = False) -> Iterator[Ranks]:
+    """Ranks that end with the block. ``fresh``: they start as new processes, with nothing of this one."""
+    ranks = Ranks(name, jobs, build, group, fresh)
     try:
         yield ranks
     finally:

@@ -1,13 +1,15 @@
 """One device, a model of one billion parameters: ours with everything that makes it fast, beside plain PyTorch.
 
-Every contestant has a process of its own and the same samples and first values; blocks alternate. On a machine without
-a GPU the same code runs a tiny model on the CPU, which shows that it works and nothing else.
+Every contestant has a process of its own and the same samples and first values. On a GPU they run one after another,
+because two of them do not fit into its memory together; a row is told when it is there, and a contestant that fails
+(out of memory, say) has a row that says so. On a machine without a GPU the same code runs a tiny model on the CPU in
+alternating blocks, which shows that it works and nothing else.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +27,7 @@ from camshaft.models.init import materialize
 from camshaft.models.llama import Llama
 from camshaft.recipe import Resolved, check, load
 from tools.bench.peers import Camshaft, Contestant, Job
-from tools.bench.processes import Block, Build, Ranks, alive
+from tools.bench.processes import Block, Build, alive
 from tools.bench.setup import ADAMW, MAX_NORM, Case, plain_loader, plain_optimizer, scratch
 
 ONE_B: dict[str, object] = {"preset": "llama-1b", "vocab_size": 32_000, "max_position_embeddings": 4096}
@@ -116,22 +118,28 @@ class Plain:
 
 
 class Peaked:
-    """A contestant whose largest memory on the device is told instead of the loss, when no step is asked for."""
+    """A contestant that waits for its device, and whose largest memory there is told."""
 
     def __init__(self, build: Build, device: str, job: Job) -> None:
-        self._device = device
+        self._cuda = device == "cuda"
         self._inner: Contestant = build(job)
+        self._most = 0
 
     def steps(self, count: int) -> float:
         """Run ``count`` windows and wait for the device."""
         loss = self._inner.steps(count)
-        if self._device == "cuda":
+        if self._cuda:
             torch.cuda.synchronize()
         return loss
 
-    def peak(self) -> int:
-        """Bytes of tensors at the fullest moment so far; 0 on a CPU."""
-        return torch.cuda.max_memory_allocated() if self._device == "cuda" else 0
+    def peak(self) -> tuple[int, int, str]:
+        """(Most bytes of tensors so far, since this was asked before, the device's own name); no bytes on a CPU."""
+        if not self._cuda:
+            return 0, 0, "CPU"
+        last = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self._most = max(last, self._most)
+        return self._most, last, torch.cuda.get_device_name()
 
     def close(self) -> None:
         """Close what is inside."""
@@ -151,55 +159,102 @@ def contestants(device: Device) -> dict[str, tuple[dict[str, Any], str, Build]]:
     return found
 
 
+@dataclass
+class Outcome:
+    """What a contestant showed."""
+
+    blocks: list[Block]
+    """Without the first, in which it sets things up and compiles."""
+    peak: int
+    steady: int
+    """Bytes of tensors at the fullest moment: of all, and of these blocks alone."""
+    board: str
+
+
 def run(blocks: int | None, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Time every contestant (or those of these names) in turns."""
+    """Time every contestant, or those of these names."""
     device = Device.here()
-    with scratch() as folder, ExitStack() as stack:
-        runners: dict[str, Ranks] = {}
-        config: ModelConfig | None = None
-        for index, (name, (plugins, compute, build)) in enumerate(contestants(device).items()):
-            if only and name not in only:
-                continue
-            resolved = recipe(device, folder / str(index), plugins, compute)
-            prepare(resolved)
-            config = check(resolved, 1).require().config
-            job = Job(resolved, device.case, 0, 1)
-            runners[name] = stack.enter_context(alive(name, [job], partial(Peaked, build, device.kind), False))
-            runners[name].ask("build")
-        found: dict[str, list[Block]] = {name: [] for name in runners}
-        for _ in range(1 + (blocks or device.case.blocks)):
-            for name, runner in runners.items():
-                found[name].append(runner.steps(device.case.steps))
-        peaks = {name: runner.ask("peak")[0] for name, runner in runners.items()}
-    assert config is not None
-    # The processes are gone: from here on a context of this one disturbs nobody.
-    board = torch.cuda.get_device_name(0) if device.kind == "cuda" else "CPU"
-    rate = peak_rate(board, "bf16")
-    rows = [_row(device, config, name, blocks_[1:], peaks[name], rate) for name, blocks_ in found.items()]
+    count = blocks or device.case.blocks
+    with scratch() as folder:
+        jobs = dict(_jobs(device, folder, only))
+        config = next(iter(jobs.values()))[1]
+        outcomes = _alone(device, jobs, count) if device.kind == "cuda" else _in_turns(device, jobs, count)
+        rows = []
+        for name, outcome in outcomes:
+            rows.append(_row(device, config, name, outcome))
+            if device.kind == "cuda":
+                print(_line(rows[-1]), flush=True)  # a call that is cut off has told what it found
     return {
         "device": device.kind,
-        "board": board,
+        "board": next((row["board"] for row in rows if "board" in row), "none"),
         "rows": rows,
-        "targets": _targets({row["contestant"]: row for row in rows}),
+        "targets": _targets({row["contestant"]: row for row in rows if "failed" not in row}),
     }
 
 
-def _row(
-    device: Device, config: ModelConfig, name: str, blocks: list[Block], peak: int, rate: float | None
-) -> dict[str, Any]:
-    """``rate``: the board's floating-point operations a second in bf16; None if nobody publishes it."""
-    case, seconds = device.case, statistics.median(block.seconds for block in blocks)
+Jobs = dict[str, tuple[Job, ModelConfig, Build]]
+
+
+def _jobs(device: Device, folder: Path, only: Sequence[str]) -> Iterator[tuple[str, tuple[Job, ModelConfig, Build]]]:
+    """Name to job, model and what builds the contestant."""
+    for index, (name, (plugins, compute, build)) in enumerate(contestants(device).items()):
+        if only and name not in only:
+            continue
+        resolved = recipe(device, folder / str(index), plugins, compute)
+        prepare(resolved)
+        config = check(resolved, 1).require().config
+        assert config is not None
+        yield name, (Job(resolved, device.case, 0, 1), config, partial(Peaked, build, device.kind))
+
+
+def _alone(device: Device, jobs: Jobs, count: int) -> Iterator[tuple[str, Outcome | str]]:
+    """One after another, each with the GPU to itself; a text is why one failed."""
+    for name, (job, _, build) in jobs.items():
+        try:
+            with alive(name, [job], build, False, fresh=True) as runner:
+                runner.ask("build")
+                runner.steps(device.case.steps)
+                runner.ask("peak")
+                blocks = [runner.steps(device.case.steps) for _ in range(count)]
+                told = runner.ask("peak")[0]
+            yield name, Outcome(blocks, *told)
+        except RuntimeError as error:
+            yield name, str(error).strip().splitlines()[-1]
+
+
+def _in_turns(device: Device, jobs: Jobs, count: int) -> list[tuple[str, Outcome | str]]:
+    """All alive at once, block by block."""
+    with ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(alive(name, [job], build, False)) for name, (job, _, build) in jobs.items()
+        }
+        found: dict[str, list[Block]] = {name: [] for name in runners}
+        for runner in runners.values():
+            runner.ask("build")
+        for _ in range(1 + count):
+            for name, runner in runners.items():
+                found[name].append(runner.steps(device.case.steps))
+        told = {name: runner.ask("peak")[0] for name, runner in runners.items()}
+    return [(name, Outcome(blocks[1:], *told[name])) for name, blocks in found.items()]
+
+
+def _row(device: Device, config: ModelConfig, name: str, found: Outcome | str) -> dict[str, Any]:
+    """Figures of a contestant, or why there are none. No MFU where nobody publishes the board's peak."""
+    row: dict[str, Any] = {"case": device.case.name, "contestant": name}
+    if isinstance(found, str):
+        return row | {"failed": found}
+    case, seconds = device.case, statistics.median(block.seconds for block in found.blocks)
     tokens = case.micro_batch_size * case.sequence_length / seconds
-    flops = tokens * config.flops_per_token(case.sequence_length)
-    return {
-        "case": case.name,
-        "contestant": name,
+    flops, rate = tokens * config.flops_per_token(case.sequence_length), peak_rate(found.board, "bf16")
+    return row | {
+        "board": found.board,
         "ms": seconds * 1e3,
         "tokens_per_s": tokens,
         "tflops": flops / 1e12,
         "mfu": None if rate is None else flops / rate,
-        "peak_gib": peak / 2**30,
-        "loss": blocks[-1].loss,
+        "peak_gib": found.peak / 2**30,
+        "steady_gib": found.steady / 2**30,
+        "loss": found.blocks[-1].loss,
     }
 
 
@@ -223,6 +278,18 @@ def _targets(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    head = f"| {row['case']} | {row['contestant']} |"
+    if "failed" in row:
+        return f"{head} {row['failed']} | | | | | | |"
+    mfu = "" if row["mfu"] is None else format(row["mfu"], ".1%")
+    return (
+        f"{head} {row['ms']:.1f} | {row['tokens_per_s']:.0f} | {row['tflops']:.1f} | {mfu} "
+        f"| {row['peak_gib']:.2f} | {row['steady_gib']:.2f} | {row['loss']:.4f} |"
+    )
+
+
 def table(results: dict[str, Any]) -> list[str]:
     """As Markdown."""
     none = "no GPU here: a tiny model on the CPU, to see that it runs"
@@ -230,14 +297,9 @@ def table(results: dict[str, Any]) -> list[str]:
     return [
         f"## One device: {where}",
         "",
-        "| case | contestant | ms a step | tokens/s | model TFLOP/s | MFU | peak, GiB |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {row['case']} | {row['contestant']} | {row['ms']:.1f} | {row['tokens_per_s']:.0f} "
-            f"| {row['tflops']:.1f} | {'' if row['mfu'] is None else format(row['mfu'], '.1%')} "
-            f"| {row['peak_gib']:.2f} |"
-            for row in results["rows"]
-        ),
+        "| case | contestant | ms a step | tokens/s | model TFLOP/s | MFU | peak, GiB | peak when warm, GiB | loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *map(_line, results["rows"]),
         "",
         *(
             f"- {row['what']}: {row['found']:.3f}, wanted {row['wanted']}, {'met' if row['met'] else 'missed'}"
