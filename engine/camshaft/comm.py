@@ -153,7 +153,8 @@ class Channel:
 
         ``output`` may be this rank's stretch of ``source``; the rest of ``source`` may be overwritten. On a CPU ranks
         are added in ascending order, in the tensors' dtype, or in fp32 and rounded once where that is narrower. It
-        takes (size - 1) n elements of memory beside them there, which the channel keeps for its next calls.
+        takes (size - 2) n elements of memory beside them there, in place (size - 1) n, which the channel keeps for its
+        next calls.
         """
         if Channel.observer is None:
             return self._reduce_scatter(output, source)
@@ -247,15 +248,19 @@ class Channel:
         count = output.numel()
         if not count:
             return _DONE
-        own, stretches = self.rank, source.detach().view(self.size, count).unbind()
-        buffer = self._scratch.take((self.size - 1) * count * source.itemsize)
-        received = buffer.view(source.dtype).view(self.size - 1, count).unbind()
-        works = exchange(self.group, own, (*received[:own], output, *received[own:]), stretches)
+        own, stretches, flat = self.rank, source.detach().view(self.size, count).unbind(), output.detach().view(-1)
+        received: tuple[Tensor, ...] = () if output.data_ptr() == stretches[own].data_ptr() else (flat,)
+        beside = self.size - 1 - len(received)
+        buffer = self._scratch.take(beside * count * source.itemsize) if beside else None
+        if buffer is not None:
+            received += buffer.view(source.dtype).view(beside, count).unbind()
+        works = exchange(self.group, own, (*received[:own], flat, *received[own:]), stretches)
         parts = (*received[:own], stretches[own], *received[own:])
 
         def add() -> None:
-            add_in_order(output.detach().view(-1), parts)
-            self._scratch.give(buffer)
+            add_in_order(flat, parts)
+            if buffer is not None:
+                self._scratch.give(buffer)
 
         return Pending(works, add, self._timeout)
 

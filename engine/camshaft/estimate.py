@@ -74,6 +74,9 @@ CLOSING = "during the step"
 """Last words of the name of a buffer that is there from the reduction to the end of the step only, when forwards keep
 nothing any more."""
 
+PASSING = "on their way"
+"""Last words of the name of a buffer that is there from a window's first gradient until all are summed only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -81,7 +84,8 @@ class Estimate:
 
     state: StateBytes | None = None
     buffers: tuple[tuple[str, int], ...] = ()
-    """(what it is, bytes) of memory beside the model state; what ends in ``CLOSING`` is beside no activation."""
+    """(what it is, bytes) of memory beside the model state; what ends in ``CLOSING`` is beside no activation, and
+    what ends in ``PASSING`` grows as gradients come."""
     sent: tuple[Sent, ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences that ``camshaft plan`` prints below: the price of an option, what is not counted."""

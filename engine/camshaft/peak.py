@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from camshaft.estimate import CLOSING
+from camshaft.estimate import CLOSING, PASSING
 
 if TYPE_CHECKING:
     from camshaft.activations import Kept
@@ -41,11 +41,12 @@ def peak(kept: tuple[Kept, ...], sizes: Sizes, found: Estimate) -> Peak:
     """The fullest moment of a rank that keeps ``kept`` in each forward; ``found``: its model state and buffers."""
     assert found.state is not None
     state = found.state
-    always = state.total - state.gradients + sum(size for what, size in found.buffers if not what.endswith(CLOSING))
-    closing = sum(size for what, size in found.buffers if what.endswith(CLOSING))
+    closing, passing = (sum(size for what, size in found.buffers if what.endswith(each)) for each in (CLOSING, PASSING))
+    always = state.total - state.gradients + sum(size for _, size in found.buffers) - closing - passing
     moments = [Peak("the step", always + state.gradients + closing, 0)]
     moments += [
-        Peak(moment, always + size, working) for moment, size, working in _Backward(kept, sizes, state.gradients)
+        Peak(moment, always + size, working)
+        for moment, size, working in _Backward(kept, sizes, state.gradients, passing)
     ]
     return max(moments, key=lambda each: each.bytes)
 
@@ -53,8 +54,8 @@ def peak(kept: tuple[Kept, ...], sizes: Sizes, found: Estimate) -> Peak:
 class _Backward:
     """Moments of the backward in which most is held: (what runs, bytes beside what is always there, working memory)."""
 
-    def __init__(self, kept: tuple[Kept, ...], sizes: Sizes, gradients: int) -> None:
-        self._kept, self._sizes = kept, sizes
+    def __init__(self, kept: tuple[Kept, ...], sizes: Sizes, gradients: int, passing: int) -> None:
+        self._kept, self._sizes, self._passing = kept, sizes, passing
         self._last = max((each.layer for each in sizes.whole or ()), default=0)
         total = sizes.trained * sizes.widths.gradient
         self._share = gradients / total if total else 0.0
@@ -79,13 +80,15 @@ class _Backward:
         places: dict[Place, list[Kept]] = {}
         for each in self._kept:
             places.setdefault(self._place(each.module), []).append(each)
-        below, above = sum(each.held for each in self._kept), 0.0
+        below, above, come = sum(each.held for each in self._kept), 0.0, 0
         tied = self._tied()
         for place in sorted({*places, *self._added}, reverse=True):
             here, new = places.get(place, []), self._added[place]
+            come += new
+            passing = min(self._passing, come)
             working = self._working(place, here)
             pending = tied if place < (self._last, 1) else 0
-            early = self._before + above + pending + working + below + self._again(places, place)
+            early = self._before + above + passing + pending + working + below + self._again(places, place)
             once = sum(each.bytes for each in here)
             late = early - working - once - sum(each.again for each in here) + new + self._hidden(3)
             yield self._word(place), round(max(early, late)), round(working)

@@ -26,6 +26,7 @@ where they are divided; with ``provider: torch`` on ``tp`` and ``pp`` too, which
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import camshaft
@@ -38,6 +39,7 @@ from camshaft_zero.placement import Placement, refusals, resolve
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from camshaft.errors import Problem
     from camshaft.estimate import Estimate, Sizes
     from camshaft.hookspecs import Forward, Step
     from camshaft.state import State, World
@@ -84,6 +86,16 @@ class Plugin(camshaft.Plugin):
             return options.provider == "native"
         travels = options.overlap or placement.parameters or summed_each(options, placement)
         return options.provider == "native" and not travels
+
+    @hookimpl
+    def misfits(self, context: PlanContext, sizes: Sizes) -> Iterable[Problem]:
+        """Asked to overlap one bucket with nothing. The run looks again, at whatever model it has."""
+        from camshaft_zero.early import one_bucket
+
+        placement, _ = resolve(self.options, context.mesh.members("dp"), f"plugins.{self.name}")
+        if placement is None:
+            return ()
+        return one_bucket(self.options, placement, context, sizes, f"plugins.{self.name}")
 
     @hookimpl
     def estimate(self, context: PlanContext, sizes: Sizes) -> Estimate | None:

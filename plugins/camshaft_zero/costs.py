@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from camshaft.estimate import Estimate, Sent, Sizes, state_bytes
+from camshaft.estimate import PASSING, Estimate, Sent, Sizes, state_bytes
 from camshaft_zero.grouping import Group, Item, buckets, by_module, kept, parent, slots
 
 if TYPE_CHECKING:
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from camshaft_zero.options import Options
     from camshaft_zero.placement import Placement
 
-GRADIENT_BUFFERS = 2
-"""Buffers that units' gradients are written to in turn, where full gradients are not kept."""
+TURNS = 2
+"""Largest units whose full gradients there is room for at once, where they are summed in each microbatch."""
+UNDER_WAY = 2
+"""Units whose sums travel at the same time."""
 
 
 def estimate(options: Options, placement: Placement, context: PlanContext, sizes: Sizes) -> Estimate:
@@ -27,7 +29,7 @@ def estimate(options: Options, placement: Placement, context: PlanContext, sizes
         sizes.moments,
         trained=sizes.trained,
         parameters=ranks if placement.parameters else 1,
-        gradients=ranks if each else 1,
+        gradients=1 if whole_gradients(options, sizes, each) else ranks,
         optimizer=ranks * (copies if placement.optimizer_outer else 1),
     )
     divided = placement.parameters and ranks > 1
@@ -41,6 +43,11 @@ def estimate(options: Options, placement: Placement, context: PlanContext, sizes
 def summed_each(options: Options, placement: Placement) -> bool:
     """Whether gradients are summed after each microbatch, so that no full ones are kept."""
     return placement.gradients and options.reduce != "last"
+
+
+def whole_gradients(options: Options, sizes: Sizes, each: bool) -> bool:
+    """Whether full gradients of all units are there at once: of several microbatches, or until backward is over."""
+    return not each and (sizes.accumulation > 1 or not options.overlap)
 
 
 def plan_groups(options: Options, sizes: Sizes, divided: bool) -> list[Group]:
@@ -58,17 +65,21 @@ def plan_groups(options: Options, sizes: Sizes, divided: bool) -> list[Group]:
 def _buffers(
     options: Options, sizes: Sizes, groups: list[Group], divisor: int, divided: bool, each: bool
 ) -> list[tuple[str, int]]:
-    widths, largest = sizes.widths, max(group.padded(divisor) for group in groups)
+    widths = sizes.widths
     found = []
     if divided:
         taken: dict[object, int] = {}
         for group, key in zip(groups, slots(groups, options.prefetch, options.reshard_after_forward), strict=True):
             taken[key] = max(taken.get(key, 0), group.padded(divisor))
         found.append(("units that are gathered", sum(taken.values()) * widths.param))
+    padded = sorted(group.padded(divisor) for group in groups)
     if each:
-        found.append(("full gradients of units on their way", GRADIENT_BUFFERS * largest * widths.param))
+        found.append((f"full gradients of units {PASSING}", sum(padded[-TURNS:]) * widths.param))
+    elif divisor > 1 and not whole_gradients(options, sizes, each):
+        found.append((f"full gradients of units {PASSING}", sum(padded[-UNDER_WAY - 1 :]) * widths.gradient))
     if widths.reduce != (widths.param if each else widths.gradient) and divisor > 1:
-        found.append(("gradients in the dtype of the wire, of two units", 2 * largest * widths.reduce))
+        wire = sum(padded[-UNDER_WAY:]) * widths.reduce
+        found.append((f"gradients in the dtype of the wire, of units {PASSING}", wire))
     return found
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from camshaft_zero.pool import Pool
+from camshaft_zero.pool import Room
 from camshaft_zero.storage import Unit
 
 
 class Filling:
     """A unit's gradients of the backward that runs, or of the window.
 
-    ``buffer`` [layout.size] in the dtype in which backward adds up; None while nothing has been written (then it is
-    taken from the pool).
+    ``buffer`` [layout.size] in the dtype in which backward adds up; None while nothing has been written, and once it
+    was summed into ``total``. ``views`` are each member's stretch of it.
     """
 
-    def __init__(self, unit: Unit, buffer: Tensor | None) -> None:
-        self.unit, self.buffer = unit, buffer
-        self.views: tuple[Tensor, ...] = () if buffer is None else self.views_of(buffer)
-        self._known: dict[int, tuple[Tensor, ...]] = {}
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.buffer: Tensor | None = None
+        self.room: Room | None = None
+        self.views: tuple[Tensor, ...] = ()
+        self._known: dict[Room, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self.ready = 0
         self.expected = len(unit.layout.members)
         self.complete = False
@@ -29,30 +31,32 @@ class Filling:
         self.total: Tensor | None = None
         """This rank's stretch of the sum; None until the first sum of the window is there."""
 
-    def views_of(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        return tuple(member.view(buffer) for member in self.unit.layout.members)
+    def fill(self, room: Room) -> None:
+        """Have gradients written to ``room``, which has memory for them."""
+        if room not in self._known:
+            flat = room.flat[: self.unit.layout.size]
+            self._known[room] = flat, tuple(member.view(flat) for member in self.unit.layout.members)
+        self.room, (self.buffer, self.views) = room, self._known[room]
 
-    def take(self, pool: Pool) -> None:
-        """Get a buffer that this microbatch's gradients can be written to."""
-        self.buffer = buffer = pool.take()
-        flat = buffer[: self.unit.layout.size]
-        if buffer.data_ptr() not in self._known:
-            self._known[buffer.data_ptr()] = self.views_of(flat)
-        self.views = self._known[buffer.data_ptr()]
+    def leave(self) -> Room | None:
+        """Have no buffer any more; returns the room it was in."""
+        room, self.room, self.buffer = self.room, None, None
+        return room
 
-    def forget(self) -> None:
-        """Drop the views of buffers that are gone."""
-        self._known.clear()
-        if self.buffer is None:
-            self.views = ()
+    def empty(self) -> None:
+        """Let go of full gradients, whose sum is elsewhere, or which nobody needs any more."""
+        for member in self.unit.layout.members:  # they are views of it
+            member.parameter.grad = None
+        room = self.leave()
+        if room is not None:
+            room.hold(0)
 
     def source(self) -> Tensor:
         """The whole buffer with zeros where there is no gradient."""
         assert self.buffer is not None
-        flat = self.buffer[: self.unit.layout.size]
         for begin, end in self.unit.layout.gaps:
-            flat[begin:end].zero_()
+            self.buffer[begin:end].zero_()
         for view, fresh in zip(self.views, self.fresh, strict=True):
             if not fresh:
                 view.zero_()
-        return flat
+        return self.buffer

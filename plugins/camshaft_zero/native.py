@@ -164,10 +164,14 @@ class Native(Storage):
 
         def forward(batch: Batch) -> Tensor:
             if self._publisher is None:
-                return call(batch)
-            self._publisher.before_forward()
-            with self._publisher.watch_forward():
-                return call(batch)
+                made = call(batch)
+            else:
+                self._publisher.before_forward()
+                with self._publisher.watch_forward():
+                    made = call(batch)
+            assert self._reducer is not None
+            self._reducer.end_forward()
+            return made
 
         return forward
 

@@ -10,26 +10,27 @@ from torch import Tensor
 from camshaft.comm import Pending
 from camshaft.stages import strange_stage
 from camshaft.state import State
+from camshaft_zero.costs import UNDER_WAY
 from camshaft_zero.filling import Filling
 from camshaft_zero.grid import Grid
 from camshaft_zero.layout import Member
-from camshaft_zero.pool import Pool
+from camshaft_zero.pool import Pool, Room, budget_of
 from camshaft_zero.storage import Unit
 
 AT_ONCE = 1 << 14
 """Elements from which a gradient is copied as soon as it is there, while it is in the processor's cache."""
-
-UNDER_WAY = 2
-"""Units whose gradients are in the dtype of the wire at the same time, where that is not the one they are kept in."""
 
 
 class Reducer:
     """Sums gradients over the ranks, and gives each part the gradient of what it holds.
 
     With ``each`` a unit's gradients are summed after every microbatch and only this rank's stretch is kept; otherwise
-    the full gradients stay until the last backward of the unit's pipeline stage. Sums start in one order on all ranks,
-    whatever each rank used; with ``paced`` also at the same places between gathers: where ``over`` is told so, not
-    where gradients come. A backward touches the units of its own stage alone, so that stages may take turns.
+    the full gradients stay until their sum in the last backward of the unit's pipeline stage. From ``release`` to the
+    first backward of a window none have memory, so that none is beside the activations of a whole forward.
+
+    Sums start in one order on all ranks, whatever each rank used; with ``paced`` also at the same places between
+    gathers: where ``over`` is told so, not where gradients come. A backward touches the units of its own stage alone,
+    so that stages may take turns.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class Reducer:
         self._each, self._overlap, self._paced = each and not grid.alone, overlap, paced
         # Of one microbatch, or of the sum over all of them.
         self._dtype = self._policy.param if self._each else self._policy.kept
-        self._fillings = [Filling(unit, None if self._each else self._buffer(unit.layout.size)) for unit in units]
+        self._fillings = [Filling(unit) for unit in units]
+        self._rooms = {} if self._each else {each: self._room(each.unit.layout.size) for each in self._fillings}
         self._by_unit = {filling.unit: filling for filling in self._fillings}
         # Until the first backward shows it: units of modules are listed as forward goes, buckets as backward does.
         self._order = self._fillings[::-1] if paced else list(self._fillings)
@@ -51,10 +53,11 @@ class Reducer:
         self._done: set[int] = set()
         """Stages whose last backward of this window is over."""
         self._staged = len({stage for unit in units for stage in unit.stages}) > 1
-        self._started: list[tuple[Filling, Pending | None, Tensor, Tensor | None]] = []
+        self._started: list[tuple[Filling, Pending | None, Tensor, Room | None]] = []
         self._carried = 0
         """Sums under way that an earlier backward started."""
-        self._pool = Pool(max((unit.layout.size for unit in units), default=0), self._room, self._settle_oldest)
+        sizes = [unit.layout.size for unit in units]
+        self._pool = Pool(budget_of(sizes), lambda: self._room(max(sizes)), self._settle_oldest)
         count = sum(filling.expected for filling in self._fillings)
         self._flags = torch.ones(count, dtype=torch.int32, device=state.world.device)
         self._flags_pending: Pending | None = None
@@ -66,17 +69,29 @@ class Reducer:
             for index, member in enumerate(filling.unit.layout.members):
                 self._watch(filling, index, member)
 
-    def _buffer(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=self._dtype, device=self._state.world.device)
-
-    def _room(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=self._dtype, device=self._state.world.device)
+    def _room(self, size: int) -> Room:
+        return Room(size, self._dtype, self._state.world.device)
 
     def _take(self, filling: Filling) -> None:
-        """Give ``filling`` a buffer. Sums of an earlier backward had a forward to finish in: theirs are free now."""
+        """Give ``filling`` a buffer."""
+        self._settle_carried()
+        size = filling.unit.layout.size
+        if self._each:
+            filling.fill(self._pool.take(size))
+        else:
+            self._rooms[filling].hold(size)
+            filling.fill(self._rooms[filling])
+
+    def _settle_carried(self) -> None:
+        """Sums of an earlier backward had a forward to finish in: their buffers are free now."""
         while self._carried and self._settle_oldest():
             pass
-        filling.take(self._pool)
+
+    def end_forward(self) -> None:
+        """After each forward, when all its activations are there: keep no memory of an earlier backward beside them."""
+        if self._carried:
+            self._settle_carried()
+            self._let_go()
 
     def _watch(self, filling: Filling, index: int, member: Member) -> None:
         member.parameter.grad_dtype = self._dtype
@@ -95,9 +110,9 @@ class Reducer:
                 raise strange_stage(member.name, self._state.stage, stages)
             if filling.complete or (each and filling.fresh[index]):
                 raise self._twice(member.name)
+            if filling.buffer is None:
+                self._take(filling)
             if each:
-                if filling.buffer is None:
-                    self._take(filling)
                 filling.views[index].copy_(parameter.grad)  # type: ignore[arg-type]  # it was just accumulated
                 parameter.grad = None
             elif parameter.grad is not filling.views[index]:
@@ -165,14 +180,14 @@ class Reducer:
             self._take(filling)
         source, unit, borrowed = filling.source(), filling.unit, None
         if self._each:  # the next microbatch may fill this unit before the sum is there
-            borrowed, filling.buffer = filling.buffer, None
+            borrowed = filling.leave()
         while len(self._started) >= UNDER_WAY and self._settle_oldest():  # each takes memory to receive into
             pass
-        if source.dtype != self._policy.reduce and self._grid.inner is not None:
-            source = source.to(self._policy.reduce)
-        begin, end = self._grid.stretch(unit.layout.size)
-        chunk, pending = source[begin:end], None
+        chunk, pending = source, None
         if self._grid.inner is not None:
+            source = source.to(self._policy.reduce)
+            # Not into the buffer's own stretch: the rest of it is of no use once the sum is there.
+            chunk = source.new_empty(unit.layout.size // self._grid.ranks)
             pending = self._grid.inner.reduce_scatter(chunk, source, "reduce")
         self._started.append((filling, pending, chunk, borrowed))
 
@@ -184,15 +199,23 @@ class Reducer:
         self._carried = max(0, self._carried - 1)
         if pending is not None:
             pending.wait()
-        if borrowed is None:
-            filling.total = chunk if chunk.dtype == self._dtype else chunk.clone()  # and let go of the whole
-        elif filling.total is None:
-            filling.total = chunk.to(self._policy.kept, copy=True)
+        if borrowed is not None:
+            self._add(filling, chunk)
+            self._pool.give(borrowed)
+        else:
+            # The sum over copies is one of unrounded sums.
+            filling.total = chunk if self._grid.outer is not None else chunk.to(self._policy.kept)
+            if pending is not None:
+                filling.empty()
+        return True
+
+    def _add(self, filling: Filling, chunk: Tensor) -> None:
+        """``chunk`` is a microbatch's sum."""
+        if filling.total is None:
+            whole = self._grid.inner is None  # a view of what other units are about to use
+            filling.total = chunk.to(self._policy.kept, copy=whole)
         else:
             filling.total += chunk
-        if borrowed is not None:
-            self._pool.give(borrowed)
-        return True
 
     def end_backward(self) -> None:
         """After each backward: take what no hook took, and sum the units of its stage that did not fill up."""
@@ -218,6 +241,8 @@ class Reducer:
         views, fresh = [], []
         for filling, index, member in self._batched:
             gradient = member.parameter.grad
+            if gradient is not None and filling.buffer is None:
+                self._take(filling)
             if gradient is not None and gradient is not filling.views[index]:
                 views.append(filling.views[index])
                 fresh.append(gradient)
@@ -249,18 +274,16 @@ class Reducer:
         """Wait until every sum is there; names of parameters that no rank used in this window."""
         while self._settle_oldest():
             pass
-        if self._paced:
-            self._let_go()
         self._sum_copies()
+        self._let_go()
         return self._unused()
 
     def _let_go(self) -> None:
-        """Where memory is what counts, none stays from backward to backward that a forward could use."""
+        """No memory stays from backward to backward that a forward could use."""
         self._pool.clear()
-        for filling in self._fillings:
-            filling.forget()
-        if self._grid.inner is not None:
-            self._grid.inner.trim()
+        for line in (self._grid.inner, self._grid.outer):
+            if line is not None:
+                line.trim()
 
     def _sum_copies(self) -> None:
         """Sum each stretch over the ranks that hold copies of it."""
@@ -275,7 +298,7 @@ class Reducer:
             wide = filling.total.to(self._policy.reduce)
             if self._grid.divided:
                 size = wide.numel() // self._grid.slices
-                own = wide[self._grid.slice * size : (self._grid.slice + 1) * size]
+                own = wide.new_empty(size)
                 under_way.append((filling, outer.reduce_scatter(own, wide, "reduce"), own))
             else:
                 under_way.append((filling, outer.all_reduce(wide, "reduce"), wide))
@@ -284,6 +307,8 @@ class Reducer:
 
     def _take_copies(self, filling: Filling, pending: Pending, result: Tensor) -> None:
         pending.wait()
+        if self._grid.divided:
+            filling.empty()
         filling.total = result if result.dtype == self._policy.kept else self._keep(filling, result)
 
     def _unused(self) -> set[str]:
@@ -323,8 +348,7 @@ class Reducer:
         for filling in self._fillings:
             filling.total, filling.complete, filling.ready = None, False, 0
             filling.fresh, filling.used = [False] * filling.expected, [False] * filling.expected
-            for member in filling.unit.layout.members:
-                member.parameter.grad = None
+            filling.empty()
         if self._seen is not None:
             self._agree_on_order(self._seen)
 

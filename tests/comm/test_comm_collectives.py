@@ -44,7 +44,7 @@ def channel(rank, world_size):
 
 
 def reduce_scatter(rank, world_size):
-    line = channel(rank, world_size)
+    line, kept = channel(rank, world_size), []
     for dtype in DTYPES:
         for count in SIZES:
             whole = [value(r, count * world_size, dtype) for r in range(world_size)]
@@ -53,16 +53,23 @@ def reduce_scatter(rank, world_size):
             line.reduce_scatter(output, source, "reduce").wait()
             assert torch.equal(output, expected), (dtype, count)
             assert torch.equal(source, whole[rank]), "the source was changed although the output is elsewhere"
+            kept.append((line._scratch.free_bytes, dtype.itemsize * count))
+            line.trim()
             own = source[rank * count : (rank + 1) * count]
             line.reduce_scatter(own, source, "reduce").wait()
             assert torch.equal(own, expected), (dtype, count, "in place")
-    return line._scratch.free_bytes
+            kept.append((line._scratch.free_bytes, dtype.itemsize * count))
+            line.trim()
+    return kept
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_reduce_scatter_adds_in_ascending_order(world_size):
     for kept in run_ranks(world_size, reduce_scatter):
-        assert kept == (world_size - 1) * SIZES[-1] * 8, "one buffer of the largest call is kept, in place of all"
+        for found, elsewhere in ((kept[::2], True), (kept[1::2], False)):
+            assert len(found) == len(DTYPES) * len(SIZES)
+            others = max(world_size - 1 - elsewhere, 0)  # the output itself takes what comes from one of them
+            assert all(size == others * stretch for size, stretch in found), elsewhere
 
 
 def all_gather(rank, world_size):
@@ -185,7 +192,7 @@ def progress(rank, world_size):
     source, output, whole = torch.ones(world_size * count), torch.empty(count), torch.empty(world_size * count)
     mine = slice(rank * count, (rank + 1) * count)
     for start, received in (
-        (lambda: line.reduce_scatter(output, source, "reduce"), lambda: next(iter(line._scratch._lent.values()))),
+        (lambda: line.reduce_scatter(output, source, "reduce"), lambda: output.view(torch.uint8)),
         (lambda: line.all_gather(whole, source[mine], "step"), lambda: whole.view(torch.uint8)),
         (
             lambda: line.all_to_all(whole.split(count), source.split(count), "reduce"),
@@ -196,7 +203,7 @@ def progress(rank, world_size):
         start().wait()
         dist.barrier()
         whole.zero_()
-        line._scratch._free.clear()
+        output.zero_()
         work = start()
         deadline = time.monotonic() + 20
         while not bool((received().view(torch.float32) == 1).all()) and time.monotonic() < deadline:
