@@ -16,8 +16,8 @@ from camshaft.state import State
 
 LATER = frozenset(
     {
-        "plan", "shapes", "activations", "estimate", "kernels", "handlers", "inert", "state_dict", "load_state_dict",
-        "post_load", "close",
+        "plan", "shapes", "misfits", "activations", "estimate", "kernels", "handlers", "inert", "state_dict",
+        "load_state_dict", "post_load", "close",
     }
 )  # fmt: skip
 """Hooks that change nothing, or that need never run. Records are logged and checkpoints saved by every run that

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from camshaft.activations import Kept
     from camshaft.claims import Plan, PlanContext
     from camshaft.data.loader import Batch
+    from camshaft.errors import Problem
     from camshaft.estimate import Estimate, Sizes
     from camshaft.mesh import MeshShape
     from camshaft.models.config import ModelConfig
@@ -61,6 +62,16 @@ class BuildHooks:
         Each plugin gets what the one before it returned, first of all the whole model; None leaves it as it is. Called
         by ``plan`` alone, after every plan was accepted, and must agree with what ``split`` and ``shard_compute``
         build. Must be pure and need no torch. Since hook API 1.
+        """
+        raise AssertionError
+
+    @hookspec
+    def misfits(self, context: PlanContext, sizes: Sizes) -> Iterable[Problem] | None:
+        """Collected. What is wrong with what rank ``sizes.rank`` holds of the built-in model, in the sizes that axes
+        which divide the model leave to it; None or nothing: all is well.
+
+        Called by ``validate``, ``plan`` and ``train`` after every plan was accepted, for a rank of each place on the
+        axes that do not split the batch. Must be pure and need no torch. Since hook API 1.
         """
         raise AssertionError
 

@@ -14,7 +14,7 @@ ranks and P gradient elements: 2 (N-1)/N P elements. Claims the layout and the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -23,6 +23,7 @@ from pydantic import Field
 import camshaft
 from camshaft.halving import QUIET
 from camshaft.mesh import stated_data_parallel
+from camshaft_ddp.limits import FIRST_BYTES
 
 if TYPE_CHECKING:
     from camshaft.estimate import Estimate, Sizes
@@ -66,6 +67,28 @@ class Plugin(camshaft.Plugin):
             problems=problems,
         )
 
+    @camshaft.hookimpl
+    def misfits(self, context: camshaft.PlanContext, sizes: Sizes) -> Iterator[camshaft.Problem]:
+        """Asked to overlap, and with one bucket there is nothing that backward could go on beside."""
+        trained = [each for each in sizes.parameters or () if each.trains]
+        if not self._asked or context.mesh["dp"].degree == 1 or len({each.stage for each in trained}) != 1:
+            return
+        size = sizes.trained * sizes.widths.gradient
+        if len(trained) == 1 or size <= min(self._bucket_bytes, FIRST_BYTES):
+            key, said = f"plugins.{self.name}", self._one_bucket(size)
+            yield camshaft.Problem(said, key=f"{key}.overlap", fix=f"lower {key}.bucket_size_mb, or remove overlap")
+
+    @property
+    def _asked(self) -> bool:
+        return "overlap" in self.options.model_fields_set and bool(self.options.overlap)
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return int(self.options.bucket_size_mb * 2**20)
+
+    def _one_bucket(self, size: int) -> str:
+        return f"overlap has nothing to overlap: all gradients fit into one bucket, of {size / 2**20:.3g} MiB"
+
     def _overlaps(self, context: camshaft.PlanContext) -> bool:
         """Whether buckets travel during backward."""
         return bool(self.options.overlap) and context.mesh["dp"].degree > 1
@@ -80,7 +103,7 @@ class Plugin(camshaft.Plugin):
         if ranks == 1:
             return whole
         largest = max((each.elements for each in sizes.parameters or () if each.trains), default=0) * widths.gradient
-        bucket = min(max(int(self.options.bucket_size_mb * 2**20), largest), sizes.trained * widths.gradient)
+        bucket = min(max(self._bucket_bytes, largest), sizes.trained * widths.gradient)
         buffers = [("fresh gradients, of one bucket", bucket)]
         if widths.reduce != widths.gradient:
             buffers.append(("gradients in the dtype of the wire, until they are summed", sizes.trained * widths.reduce))
@@ -101,7 +124,7 @@ class Plugin(camshaft.Plugin):
         self._reducer = Reducer(
             state,
             channel,
-            bucket_bytes=int(self.options.bucket_size_mb * 2**20),
+            bucket_bytes=self._bucket_bytes,
             overlap=self.options.overlap,
             reduce_dtype=state.world.policy.reduce,
         )
@@ -130,15 +153,11 @@ class Plugin(camshaft.Plugin):
     @camshaft.hookimpl
     def inert(self) -> str | None:
         """Asked to overlap, and with one bucket there is nothing that backward could go on beside."""
-        asked = "overlap" in self.options.model_fields_set and self.options.overlap
-        if not asked or self._reducer is None or len(self._reducer.buckets) != 1:
+        if not self._asked or self._reducer is None or len(self._reducer.buckets) != 1:
             return None
         (bucket,) = self._reducer.buckets
-        size = bucket.flat.numel() * bucket.flat.element_size() / 2**20
-        return (
-            f"overlap has nothing to overlap: all gradients fit into one bucket, of {size:.3g} MiB; lower "
-            f"plugins.{self.name}.bucket_size_mb, or remove overlap"
-        )
+        said = self._one_bucket(bucket.flat.numel() * bucket.flat.element_size())
+        return f"{said}; lower plugins.{self.name}.bucket_size_mb, or remove overlap"
 
     @camshaft.hookimpl
     def state_dict(self) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from camshaft.comm import Channel, Pending
 from camshaft.stages import ONLY, Stages
+from camshaft_ddp.limits import FIRST_BYTES
 
 ALIGNMENT = 16
 """Elements; every gradient starts at a multiple, so that vector loads of fused kernels stay aligned."""
@@ -92,10 +93,6 @@ class Bucket:
 def gradient_dtype(parameter: Parameter) -> torch.dtype:
     """Dtype in which backward adds up the parameter's gradient; it may be wider than the parameter."""
     return parameter.grad_dtype or parameter.dtype
-
-
-FIRST_BYTES = 1 << 20
-"""Limit of the first bucket: a small one is full early, so that the wire has work soon after backward begins."""
 
 
 def fill(parameters: Sequence[Parameter], bucket_bytes: int, stages: Stages = ONLY) -> list[Bucket]:

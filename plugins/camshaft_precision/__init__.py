@@ -34,7 +34,7 @@ logged; a record of a skipped step has no ``train/grad_norm``. Other dtypes scal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -45,6 +45,7 @@ from camshaft_precision import rules
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from camshaft.estimate import Sizes
     from camshaft.hookspecs import Forward, Step
     from camshaft.state import Policy, State, World
     from camshaft_precision.fp8 import Layers
@@ -110,6 +111,14 @@ class Plugin(camshaft.Plugin):
             faults += choice.faults(context.config, self.options.fp8.keep, key)
         device = "cpu" if context.recipe.launch.device == "cpu" else context.device
         return camshaft.Plan(problems=tuple(faults), widths=rules.widths(self.options, device))
+
+    @camshaft.hookimpl
+    def misfits(self, context: camshaft.PlanContext, sizes: Sizes) -> Iterator[camshaft.Problem]:
+        """Layers that are uneven once other axes have divided them."""
+        if self.options.compute == "fp8" and context.config is not None:
+            from camshaft_precision import choice
+
+            yield from choice.uneven(context.config, self.options.fp8.keep, sizes, f"plugins.{self.name}")
 
     @camshaft.hookimpl
     def precision(self, world: World) -> Policy:

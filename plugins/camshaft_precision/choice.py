@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from camshaft.errors import Problem
 
 if TYPE_CHECKING:
+    from camshaft.estimate import Sizes
     from camshaft.models.config import ModelConfig
+    from camshaft.models.shapes import ParameterShape
 
 MULTIPLE = 16
 """Of elements: what the kernels need of the two sizes of the second matrix (documentation of ``scaled_mm``: its
@@ -64,22 +66,46 @@ def unusable(name: str, reason: str, key: str) -> Problem:
 def faults(config: ModelConfig, keep: Sequence[str] | None, key: str) -> Iterator[Problem]:
     """What fp8 cannot do with the built-in decoder, however it is divided."""
     from camshaft.models.shapes import parameter_shapes
-    from camshaft.models.stages import LLAMA
 
-    shapes = {
-        name.removesuffix(".weight"): each.shape
-        for each in parameter_shapes(config)
-        for name in (each.name, *each.tied)
-        if len(each.shape) == 2 and name.removesuffix(".weight") not in LLAMA.before
-    }
+    shapes = _linear(parameter_shapes(config))
     names = tuple(shapes)
     strange = tuple(idle(names, keep or (), key))
     yield from strange
-    found = inner(names, LLAMA.layers, config.num_hidden_layers) if keep is None else without(names, keep)
+    found = _chosen(names, keep, config)
     if not found:
         yield nothing_left(len(names), key)
-    name = next((each for each in found if any(size % MULTIPLE for size in shapes[each])), None)
-    if name is not None and not strange:
+    if not strange:
+        yield from _odd(found, shapes, "", key)
+
+
+def uneven(config: ModelConfig, keep: Sequence[str] | None, sizes: Sizes, key: str) -> Iterator[Problem]:
+    """The first layer on rank ``sizes.rank`` whose part fp8 cannot compute."""
+    shapes = _linear((*(sizes.parameters or ()), *sizes.borrowed))
+    yield from _odd(_chosen(tuple(shapes), keep, config), shapes, f" on rank {sizes.rank}", key)
+
+
+def _linear(parameters: Iterable[ParameterShape]) -> dict[str, tuple[int, ...]]:
+    """Linear layer to the shape of its weight."""
+    from camshaft.models.stages import LLAMA
+
+    return {
+        name.removesuffix(".weight"): each.shape
+        for each in parameters
+        for name in (each.name, *each.tied)
+        if len(each.shape) == 2 and name.removesuffix(".weight") not in LLAMA.before
+    }
+
+
+def _chosen(names: Sequence[str], keep: Sequence[str] | None, config: ModelConfig) -> list[str]:
+    from camshaft.models.stages import LLAMA
+
+    return inner(names, LLAMA.layers, config.num_hidden_layers) if keep is None else without(names, keep)
+
+
+def _odd(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], where: str, key: str) -> Iterator[Problem]:
+    """The first of ``names`` with a size that is no multiple."""
+    name = next((each for each in names if any(size % MULTIPLE for size in shapes[each])), None)
+    if name is not None:
         rows, columns = shapes[name]
-        reason = f"has {columns} inputs and {rows} outputs, and fp8 needs multiples of {MULTIPLE}"
+        reason = f"has {columns} inputs and {rows} outputs{where}, and fp8 needs multiples of {MULTIPLE}"
         yield unusable(name, reason, key)

@@ -8,9 +8,11 @@ from camshaft import Plan, effects
 from camshaft.distributed import Environment
 from camshaft.errors import PluginError, RecipeError
 from camshaft.loop import session
+from camshaft.models.llama import Llama
 from camshaft.ops import Kernel, swiglu
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.program import Action, Kind, accumulate
+from camshaft.recipe import check
 from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import run_ranks
 from camshaft.testing.run import Quiet, record_ranks
@@ -206,6 +208,14 @@ def test_the_place_in_the_recipe_is_told(make_recipe):
     assert problem.file.endswith("recipe1.yaml") and problem.line is not None
 
 
+class Own(Plugin):
+    """Builds the model itself, so that nothing is known of it before."""
+
+    @hookimpl
+    def build_model(self, config):
+        return Llama(config)
+
+
 @pytest.mark.parametrize(
     ("options", "inert"),
     [
@@ -216,10 +226,16 @@ def test_the_place_in_the_recipe_is_told(make_recipe):
     ],
 )
 def test_overlap_that_is_asked_for_needs_more_than_one_bucket(make_recipe, options, inert):
-    found, again = problems(make_recipe({"ddp": options, **SGD}, 2, **THREE_STEPS), world_size=2)
+    """Told before anything is built where the model is known, and with the same size after a step of another."""
+    resolved = make_recipe({"ddp": options, **SGD}, 2, **THREE_STEPS)
+    told = check(resolved, 2, device="cpu").problems
+    assert [problem.key for problem in told] == (["plugins.ddp.overlap"] if inert else [])
+    found, again = problems(resolved, {"own": Own()}, world_size=2)
     assert found == again and [key for key, _, _ in found] == (["plugins.ddp"] if inert else [])
     if inert:
-        assert "overlap has nothing to overlap: all gradients fit into one bucket, of 0.0" in found[0][1]
+        assert "overlap has nothing to overlap: all gradients fit into one bucket, of 0.0" in told[0].message
+        assert "lower plugins.ddp.bucket_size_mb, or remove overlap" in told[0].fix
+        assert "all gradients fit into one bucket, of 0.0" in found[0][1]
         assert "lower plugins.ddp.bucket_size_mb, or remove overlap" in found[0][1]
 
 

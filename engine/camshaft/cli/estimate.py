@@ -3,84 +3,23 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from camshaft.activations import Kept, by_kind
-from camshaft.claims import TOKENS, Widths
 from camshaft.cli.console import columns
 from camshaft.errors import PluginError
 from camshaft.estimate import Estimate, Sizes, StateBytes, combine
+from camshaft.holding import sizes
 from camshaft.models.kept import Form, kept
-from camshaft.models.shapes import ParameterShape, parameter_shapes
 from camshaft.peak import Peak
 from camshaft.recipe.checks import micro_batch_size
 
 if TYPE_CHECKING:
     from camshaft.claims import PlanContext
     from camshaft.host import Host
-    from camshaft.models.config import ModelConfig
     from camshaft.recipe import Checked
 
-
-@lru_cache(maxsize=4)
-def _whole(config: ModelConfig) -> tuple[ParameterShape, ...]:
-    return tuple(parameter_shapes(config))
-
-
-def sizes(checked: Checked, host: Host, rank: int = 0) -> Sizes:
-    """What bytes of ``rank`` are counted from; a plugin's own model is as large as the recipe's ``model`` section says.
-
-    Raises:
-        PluginError: a plugin's answer to ``shapes`` is none.
-    """
-    assert checked.config is not None and checked.batch is not None  # a checked recipe has them
-    plans = checked.plans.values()
-    common: dict[str, Any] = {
-        "accumulation": checked.batch.accumulation,
-        "widths": next((plan.widths for plan in plans if plan.widths is not None), Widths()),
-        "moments": next((plan.moments for plan in plans if plan.moments is not None), None),
-        "rank": rank,
-    }
-    if host.implementations("build_model"):
-        elements = checked.config.num_parameters()
-        return Sizes(elements=elements, trained=elements, parameters=None, **common)
-    whole = _whole(checked.config)
-    here = _of_rank(checked, host, whole, rank)
-    own = tuple(each for each in here if each.owned)
-    return Sizes(
-        elements=sum(each.elements for each in own),
-        trained=sum(each.elements for each in own if each.trains),
-        parameters=own,
-        borrowed=tuple(each for each in here if not each.owned),
-        whole=whole,
-        config=checked.config,
-        hidden=_hidden(checked, checked.config),
-        **common,
-    )
-
-
-def _hidden(checked: Checked, config: ModelConfig) -> int:
-    """Elements of a microbatch's hidden states on a rank: divided along axes of which a plan says so."""
-    assert checked.context is not None and checked.batch is not None
-    recipe, mesh = checked.context.recipe, checked.context.mesh
-    facts = {fact for plan in checked.plans.values() for fact in plan.provides}
-    ranks = math.prod(axis.degree for axis in mesh.axes if f"{TOKENS}@{axis.name}" in facts)
-    return -(-checked.batch.micro_batch_size * recipe.data.sequence_length // ranks) * config.hidden_size
-
-
-def _of_rank(
-    checked: Checked, host: Host, parameters: tuple[ParameterShape, ...], rank: int
-) -> tuple[ParameterShape, ...]:
-    for name, function in host.implementations("shapes"):
-        answer = function(checked.context, parameters, rank)
-        if answer is None:
-            continue
-        parameters = tuple(answer)
-        strange = next((each for each in parameters if not isinstance(each, ParameterShape)), None)
-        if strange is not None:
-            raise PluginError(name, "shapes", f"must return ParameterShapes or None, got {type(strange).__name__}")
-    return parameters
+__all__ = ["activations", "estimate", "form", "short", "show", "sizes"]
 
 
 def activations(checked: Checked, host: Host, counted: Sizes) -> tuple[Kept, ...]:

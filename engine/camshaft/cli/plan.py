@@ -10,6 +10,7 @@ import typer
 from camshaft.cli import finding, ranks
 from camshaft.cli.console import OverridesArgument, RecipeArgument, WorldSizeOption, columns, say
 from camshaft.errors import RecipeError
+from camshaft.holding import places
 from camshaft.hookspecs import BuildHooks
 from camshaft.host import Host
 from camshaft.plugin import HOOK_API
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from camshaft.mesh import MeshShape
     from camshaft.recipe import Checked, Resolved
 
-PLAN_ONLY = ("shapes", "activations", "estimate")
+PLAN_ONLY = ("shapes", "misfits", "activations", "estimate")
 PHASES = tuple(name for name in vars(BuildHooks) if not name.startswith("_") and name not in PLAN_ONLY)
-"""Build hooks in the order in which a run calls them; those of ``PLAN_ONLY`` belong to this command."""
+"""Build hooks in the order in which a run calls them; those of ``PLAN_ONLY`` are asked before."""
 
 
 def register(app: typer.Typer) -> None:
@@ -113,7 +114,7 @@ def _programs(checked: Checked, host: Host, rank: int | None) -> str:
     mesh, batch = checked.mesh, checked.batch
     assert batch is not None and mesh is not None
     alike: dict[str, list[int]] = {}
-    for index in ranks.places(mesh) if rank is None else [rank]:
+    for index in places(mesh) if rank is None else [rank]:
         text = brief(window_program(host, mesh, index, batch.accumulation))
         alike.setdefault(text, []).append(index)
     if rank is not None:

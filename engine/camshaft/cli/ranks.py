@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from camshaft.cli import estimate
 from camshaft.cli.console import columns
+from camshaft.holding import places
 from camshaft.peak import Peak, peak
 
 if TYPE_CHECKING:
@@ -88,16 +89,6 @@ class Ranks:
     def fullest(self) -> Holding:
         """The first of the ranks that hold most."""
         return max(self.representatives, key=lambda each: (each.most, -each.rank))
-
-
-def places(mesh: MeshShape) -> list[int]:
-    """The first rank of each place on the axes that do not split the batch."""
-    found, stride = [0], 1
-    for axis in reversed(mesh.axes):
-        if not axis.splits_batch:
-            found = [each + digit * stride for digit in range(axis.degree) for each in found]
-        stride *= axis.degree
-    return sorted(found)
 
 
 def show(ranks: Ranks, rank: int | None) -> str:

@@ -50,7 +50,7 @@ def _in_both(resolved: Resolved, sorted_: Sorted) -> Iterator[str]:
     """Hooks of plugins that the plain process has as well, beside those by which they are known."""
     from camshaft.verify import textbook
 
-    host, beside = Host.of(resolved.recipe.plugins), BESIDE | {*TRAINING, "shapes", "activations", "inert"}
+    host, beside = Host.of(resolved.recipe.plugins), BESIDE | {*TRAINING, "shapes", "misfits", "activations", "inert"}
     for name in sorted_.kept:
         told = {"around_step"} if textbook.find(name) else frozenset[str]()  # its formula says what a step makes
         more = hooks_of(host, name) - beside - told
