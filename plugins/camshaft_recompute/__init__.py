@@ -10,7 +10,10 @@ it run again, on all ranks in one order. Memory of one microbatch, for L layers 
 bytes: L s b h p in mode `full`, that and the products' results in `selective`, and one layer's activations while its
 backward runs; a rank of a pipeline holds that of each microbatch that is under way. What of this is so in a run is
 counted in its first microbatch and told in the log and as metrics (``saved_gib``, ``kept_gib``, ``extra_tflops``,
-``extra_share``). Traffic: that of the collectives that run again. Claims ``module.recompute`` of the modules.
+``extra_share``). What backward needs may not be written into before: writes in place are refused as autograd refuses
+them, but those through ``tensor.data`` raise no version counter, so that neither autograd nor `offload` sees them, and
+gradients are wrong in silence; write with ``torch.no_grad()`` instead. Traffic: that of the collectives that run again.
+Claims ``module.recompute`` of the modules.
 """
 
 from __future__ import annotations

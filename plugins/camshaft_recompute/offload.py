@@ -7,7 +7,8 @@ inputs that need no gradient (which all layers share) stay where they are. On a 
 same order, so that everything but the streams runs there too.
 
 Whoever writes into a saved tensor while it leaves may be faster than the copy. Backward refuses it then, as autograd
-does without hooks, and so it refuses what was written into and stayed.
+does without hooks, and so it refuses what was written into and stayed. A write through ``tensor.data`` raises no
+version counter, and is seen neither here nor by autograd: what comes back may be from before it or from after.
 """
 
 from __future__ import annotations

@@ -167,6 +167,22 @@ def test_what_was_written_in_place_behind_the_module_is_refused():
         loss.backward()
 
 
+def test_a_write_through_data_is_noticed_by_nobody():
+    """As the plugin's text says: autograd takes what was written, and the host has what was there when it left."""
+    found = []
+    for away in (False, True):
+        held = []
+        net = Writes(lambda made, held=held: held.append(made.data))
+        if away:
+            offloaded(net)
+        hidden = torch.zeros(6, 5, requires_grad=True)
+        loss = net(hidden)
+        held[0].zero_()
+        loss.backward()
+        found.append(hidden.grad)
+    assert torch.equal(found[0], torch.zeros(6, 5)) and torch.equal(found[1], torch.full((6, 5), 0.5))
+
+
 def test_what_autograd_allows_is_right():
     """Written before it is saved, saved again after it was written, and a second backward."""
 

@@ -20,8 +20,8 @@ class Stage:
 BUILD = Stage(
     "Build",
     (
-        "plan", "shapes", "activations", "estimate", "precision", "kernels", "rewrite", "build_model", "split",
-        "shard_compute", "recompute", "compile_model", "shard_storage", "materialize", "optimizer", "schedule",
+        "plan", "shapes", "misfits", "activations", "estimate", "precision", "kernels", "rewrite", "build_model",
+        "split", "shard_compute", "recompute", "compile_model", "shard_storage", "materialize", "optimizer", "schedule",
         "handlers", "bind",
     ),
 )  # fmt: skip
@@ -39,7 +39,7 @@ FIRST = Stage("After step 1", ("inert",))
 SAVE = Stage("Save", ("save", "state_dict"))
 END = Stage("End", ("close",))
 
-PLAN_ONLY = frozenset({"shapes", "activations", "estimate"})
-"""Hooks that ``camshaft plan`` calls, and a run does not."""
+PLAN_ONLY = frozenset({"shapes", "misfits", "activations", "estimate"})
+"""Hooks that ``camshaft plan`` and what checks a recipe call, and a run that is under way does not."""
 
 RUN_ORDER = tuple(name for stage in (BUILD, OPEN, *STEP, FIRST, SAVE, END) for name in stage.hooks)
