@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -20,7 +19,7 @@ LEAST = 2.0**-100
 """Amax of a tensor of zeros, so that its scale and the inverse of it are ordinary fp32 numbers."""
 
 _CPU_KERNEL = torch.__version__ >= "2.13"
-"""Whether ``scaled_mm`` runs on a CPU, where tests alone use it."""
+"""Whether ``torch._scaled_mm`` runs on a CPU, where tests alone use it."""
 
 
 class Rounded(NamedTuple):
@@ -64,9 +63,7 @@ def product(left: Rounded, right: Rounded, *, fast: bool) -> Tensor:
     if a.device.type == "cpu" and not _CPU_KERNEL:
         with torch.autocast("cpu", enabled=False):
             return (a.float().mul(left.inverse) @ b.float().mul(right.inverse).t()).to(torch.bfloat16)
-    rowwise = left.inverse.ndim == 2
-    recipe = F.ScalingType.RowWise if rowwise else F.ScalingType.TensorWise
-    inverse = right.inverse.t() if rowwise else right.inverse
-    return F.scaled_mm(
-        a, b.t(), left.inverse, recipe, inverse, recipe, output_dtype=torch.bfloat16, use_fast_accum=fast
-    )
+    inverse = right.inverse.t() if right.inverse.ndim == 2 else right.inverse
+    # Its public successor, F.scaled_mm, cannot be part of a compiled graph in torch 2.11. torchao calls this one too.
+    made: Tensor = torch._scaled_mm(a, b.t(), left.inverse, inverse, out_dtype=torch.bfloat16, use_fast_accum=fast)
+    return made

@@ -81,7 +81,7 @@ def local_processes(resolved: Resolved) -> tuple[int, str]:
         MachineError: fewer GPUs than processes.
     """
     launch = resolved.recipe.launch
-    gpus = 0 if launch.device == "cpu" else _count_gpus()
+    gpus = 0 if launch.device == "cpu" else _count_gpus(asked=launch.device == "cuda")
     device = "cuda" if gpus or launch.device == "cuda" else "cpu"
     processes = launch.processes if launch.processes != "auto" else max(gpus, 1)
     if device == "cuda" and processes > gpus:
@@ -92,9 +92,9 @@ def local_processes(resolved: Resolved) -> tuple[int, str]:
     return processes, device
 
 
-def _count_gpus() -> int:
-    """GPUs that torch sees; torch is imported only where there is a driver."""
-    if not inventory.has_gpu_driver():
+def _count_gpus(asked: bool = False) -> int:
+    """GPUs that torch sees; torch is imported only where there is a driver, or a recipe has ``asked`` for one."""
+    if not asked and not inventory.has_gpu_driver():
         return 0
     import torch
 
