@@ -9,30 +9,11 @@ import pytest
 import yaml
 
 from camshaft.recipe import load
-from camshaft.testing import ranks
 
-pytest_plugins = ("broad",)
+pytest_plugins = ("broad", "forked")
 
 # Before torch is: tests are as many processes as there are cores, and a second thread of each only waits, busily.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-# What plugins import when a run begins: up to a fifth of what a rank of a test computes.
-ranks.FORKED_WITH += [
-    "tokenizers",
-    "torch.distributed.checkpoint",
-    "camshaft.contracts",
-    "camshaft_checkpoint.resuming",
-    "camshaft_checkpoint.saving",
-    "camshaft_clip.norm",
-    "camshaft_ddp.reducer",
-    "camshaft_pipeline.executor",
-    "camshaft_pipeline.outside",
-    "camshaft_pipeline.ties",
-    "camshaft_precision.policy",
-    "camshaft_tensor_parallel.install",
-    "camshaft_tensor_parallel.sharding",
-    "camshaft_zero.native",
-]
 
 
 def pytest_collection_finish():
