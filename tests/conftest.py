@@ -10,7 +10,7 @@ import yaml
 
 from camshaft.recipe import load
 
-pytest_plugins = ("broad", "forked")
+pytest_plugins = ("broad", "forked", "spent")
 
 # Before torch is: tests are as many processes as there are cores, and a second thread of each only waits, busily.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
