@@ -12,7 +12,8 @@ class Filling:
     """A unit's gradients of the backward that runs, or of the window.
 
     ``buffer`` [layout.size] in the dtype in which backward adds up; None while nothing has been written, and once it
-    was summed into ``total``. ``views`` are each member's stretch of it.
+    was summed into ``total``. ``views`` are each member's stretch of it. It lies in a ``room`` where parameters show
+    none of it, and else is a tensor of its own, so that whoever keeps a gradient can still read it later.
     """
 
     def __init__(self, unit: Unit) -> None:
@@ -31,25 +32,27 @@ class Filling:
         self.total: Tensor | None = None
         """This rank's stretch of the sum; None until the first sum of the window is there."""
 
-    def fill(self, room: Room) -> None:
+    def move_into(self, room: Room) -> None:
         """Have gradients written to ``room``, which has memory for them."""
         if room not in self._known:
             flat = room.flat[: self.unit.layout.size]
-            self._known[room] = flat, tuple(member.view(flat) for member in self.unit.layout.members)
+            self._known[room] = flat, self.unit.layout.views(flat)
         self.room, (self.buffer, self.views) = room, self._known[room]
 
-    def leave(self) -> Room | None:
+    def have(self, buffer: Tensor) -> None:
+        """Have gradients written to ``buffer``, and show them as the parameters'."""
+        self.buffer, self.views = buffer, self.unit.layout.views(buffer)
+
+    def move_out(self) -> Room | None:
         """Have no buffer any more; returns the room it was in."""
-        room, self.room, self.buffer = self.room, None, None
+        room, self.room, self.buffer, self.views = self.room, None, None, ()
         return room
 
-    def empty(self) -> None:
+    def drop(self) -> None:
         """Let go of full gradients, whose sum is elsewhere, or which nobody needs any more."""
-        for member in self.unit.layout.members:  # they are views of it
+        for member in self.unit.layout.members:
             member.parameter.grad = None
-        room = self.leave()
-        if room is not None:
-            room.hold(0)
+        self.buffer, self.views = None, ()
 
     def source(self) -> Tensor:
         """The whole buffer with zeros where there is no gradient."""

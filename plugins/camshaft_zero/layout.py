@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -46,6 +47,20 @@ class Layout:
         starts = [member.place for member in members[1:]] + [self.size]
         self.gaps = tuple((end, start) for end, start in zip(ends, starts, strict=True) if start > end)
         """Stretches that belong to no parameter."""
+        self._cuts: list[int] = []
+        self._at: list[int] = []
+        for member, start in zip(members, starts, strict=True):
+            self._at.append(len(self._cuts))
+            self._cuts += [length for length in (member.size, start - member.place - member.size) if length]
+
+    def views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Each member's stretch of ``flat`` [size] in its shape; all in one call, which is a third of the time."""
+        with torch.no_grad():  # else nobody may write to one of several views
+            stretches = flat.split_with_sizes(self._cuts)
+            return tuple(
+                stretches[at] if len(member.shape) == 1 else stretches[at].view(member.shape)
+                for at, member in zip(self._at, self.members, strict=True)
+            )
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[str, int, int, tuple[Piece, ...]]]:
         """(role, first, last, pieces) of each role's share of elements ``begin`` to ``end``; places count from

@@ -41,7 +41,6 @@ class Reducer:
         # Of one microbatch, or of the sum over all of them.
         self._dtype = self._policy.param if self._each else self._policy.kept
         self._fillings = [Filling(unit) for unit in units]
-        self._rooms = {} if self._each else {each: self._room(each.unit.layout.size) for each in self._fillings}
         self._by_unit = {filling.unit: filling for filling in self._fillings}
         # Until the first backward shows it: units of modules are listed as forward goes, buckets as backward does.
         self._order = self._fillings[::-1] if paced else list(self._fillings)
@@ -57,7 +56,8 @@ class Reducer:
         self._carried = 0
         """Sums under way that an earlier backward started."""
         sizes = [unit.layout.size for unit in units]
-        self._pool = Pool(budget_of(sizes), lambda: self._room(max(sizes)), self._settle_oldest)
+        device = state.world.device
+        self._pool = Pool(budget_of(sizes), lambda: Room(max(sizes), self._dtype, device), self._settle_oldest)
         count = sum(filling.expected for filling in self._fillings)
         self._flags = torch.ones(count, dtype=torch.int32, device=state.world.device)
         self._flags_pending: Pending | None = None
@@ -69,18 +69,14 @@ class Reducer:
             for index, member in enumerate(filling.unit.layout.members):
                 self._watch(filling, index, member)
 
-    def _room(self, size: int) -> Room:
-        return Room(size, self._dtype, self._state.world.device)
-
     def _take(self, filling: Filling) -> None:
         """Give ``filling`` a buffer."""
         self._settle_carried()
         size = filling.unit.layout.size
         if self._each:
-            filling.fill(self._pool.take(size))
+            filling.move_into(self._pool.take(size))
         else:
-            self._rooms[filling].hold(size)
-            filling.fill(self._rooms[filling])
+            filling.have(torch.empty(size, dtype=self._dtype, device=self._state.world.device))
 
     def _settle_carried(self) -> None:
         """Sums of an earlier backward had a forward to finish in: their buffers are free now."""
@@ -180,7 +176,7 @@ class Reducer:
             self._take(filling)
         source, unit, borrowed = filling.source(), filling.unit, None
         if self._each:  # the next microbatch may fill this unit before the sum is there
-            borrowed = filling.leave()
+            borrowed = filling.move_out()
         while len(self._started) >= UNDER_WAY and self._settle_oldest():  # each takes memory to receive into
             pass
         chunk, pending = source, None
@@ -206,7 +202,7 @@ class Reducer:
             # The sum over copies is one of unrounded sums.
             filling.total = chunk if self._grid.outer is not None else chunk.to(self._policy.kept)
             if pending is not None:
-                filling.empty()
+                filling.drop()
         return True
 
     def _add(self, filling: Filling, chunk: Tensor) -> None:
@@ -308,7 +304,7 @@ class Reducer:
     def _take_copies(self, filling: Filling, pending: Pending, result: Tensor) -> None:
         pending.wait()
         if self._grid.divided:
-            filling.empty()
+            filling.drop()
         filling.total = result if result.dtype == self._policy.kept else self._keep(filling, result)
 
     def _unused(self) -> set[str]:
@@ -348,7 +344,7 @@ class Reducer:
         for filling in self._fillings:
             filling.total, filling.complete, filling.ready = None, False, 0
             filling.fresh, filling.used = [False] * filling.expected, [False] * filling.expected
-            filling.empty()
+            filling.drop()
         if self._seen is not None:
             self._agree_on_order(self._seen)
 

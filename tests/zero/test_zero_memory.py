@@ -138,12 +138,13 @@ def before(owner, name, look):
 def own(native):
     """What the plugin says that it holds."""
     reducer, fillings = native._reducer, native._reducer._fillings
-    rooms = [*reducer._pool._rooms, *reducer._rooms.values()]
+    buffers = [room.flat for room in reducer._pool._rooms]
+    buffers += [each.buffer for each in fillings if each.buffer is not None and each.room is None]
     scratch = [line._scratch for line in (native.grid.inner, native.grid.outer, native.grid.everyone) if line]
     return {
         "parameters": bytes_of([unit.shard if unit.full is None else unit.full for unit in native.units]),
         "totals": bytes_of([each.total for each in fillings if each.total is not None]),
-        "full": sum(room.flat.untyped_storage().nbytes() for room in rooms),
+        "full": sum(each.untyped_storage().nbytes() for each in buffers),
         "sums": bytes_of([chunk for _, pending, chunk, _ in reducer._started if pending is not None]),
         "masters": bytes_of([unit.master for unit in native.units if unit.narrow]),
         "scratch": sum(each.free_bytes for each in scratch),
@@ -222,6 +223,47 @@ def test_no_memory_of_gradients_is_beside_the_activations_of_a_forward(make_reci
         ends = [second[f"{kind} at its end"] for kind in ("full", "sums", "scratch")]
         assert ends == pytest.approx([0 if each else 4 * elements, 0, 0], rel=0.02)
         assert second["totals at its end"] == pytest.approx(4 * elements / ranks if each else 0, rel=0.02)
+
+
+class Keeper(Plugin):
+    """Keeps gradients longer than they are promised to be there."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown, self.summed = [], []
+
+    @hookimpl
+    def post_backward(self, state):
+        if not state.final_backward:
+            self.shown += [each.grad for each in state.model.parameters() if each.grad is not None]
+
+    @hookimpl
+    def around_step(self, state, call):
+        def step():
+            gradients = [each.grad for each in state.world.parts.tensors if each.grad is not None]
+            self.summed += [(each, each.clone()) for each in gradients]
+            call()
+
+        return step
+
+
+def keep_all(rank, world_size, resolved):
+    keeper, directory = Keeper(), RunDirectory(resolved.recipe.run.dir)
+    environment = Environment(rank, rank, world_size, world_size, "torchrun" if world_size > 1 else "none")
+    with session(resolved, environment, directory, {"keeper": keeper}) as trainer:
+        trainer.train(Quiet(), Quiet())
+        assert keeper.summed and all(torch.equal(kept, values) for kept, values in keeper.summed)
+        assert all(bool(torch.isfinite(each).all()) for each in keeper.shown)
+    return len(keeper.shown)
+
+
+@pytest.mark.parametrize(("row", "ranks"), [("replicate", 2), ("1", 2), ("1", 1), ("2", 2), ("2 last", 2), ("3", 2)])
+def test_a_gradient_that_somebody_keeps_can_be_read_when_its_step_is_over(make_recipe, row, ranks):
+    """It could not if it were a view of what units use in turn, which has no memory between backwards."""
+    options = {} if row == "3" else {"bucket_size_mb": 0.5}
+    resolved = recipe(make_recipe, row, ranks, 2, "fp32", MODEL, **options)
+    shows = row not in ("2", "3")  # these sum them at once
+    assert all(bool(shown) == shows for shown in run_ranks(ranks, keep_all, resolved, timeout_s=120))
 
 
 @pytest.mark.parametrize(("row", "parts"), [("1", 3), ("2", 2)])
