@@ -4,8 +4,8 @@ import dropping_models as models
 import pipeline_runs as runs
 import pytest
 
-from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.ranks import RankFailed
+from evaluated import EVALUATES, losses
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe_v"]
 
@@ -68,31 +68,14 @@ def test_beside_tensor_parallel(make_recipe, sequence):
     runs.assert_equal(chosen, 4, alone(make_recipe, model=model), {"builds": models.Builds()})
 
 
-class Losses(Plugin):
-    """Writes what evaluation finds into a file."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    @hookimpl
-    def log(self, state, record):
-        if state.world.is_main and "eval/loss" in record:
-            with self.path.open("a") as file:
-                file.write(f"{record['eval/loss']!r}\n")
-
-
 def test_evaluation_draws_nothing(make_recipe, tmp_path):
     """Before the first step, and between steps, on stages as in one process."""
-    training = {"max_steps": 2, "log_every": 1, "eval_every": 1, "eval_samples": 8}
     found = []
     for world_size, options in ((1, None), (2, {"schedule": "1f1b"})):
-        path = tmp_path / str(world_size)
         resolved = runs.recipe(make_recipe, world_size, options)
         data = resolved.tree["data"] | {"validation_fraction": 0.2}
-        resolved = runs.recipe(make_recipe, world_size, options, data=data, training=training)
-        runs.record_ranks(resolved, world_size, {"builds": models.Builds(), "losses": Losses(path)})
-        found.append([float(line) for line in path.read_text().splitlines()])
+        resolved = runs.recipe(make_recipe, world_size, options, data=data, training=EVALUATES)
+        found.append(losses(resolved, world_size, tmp_path / str(world_size), {"builds": models.Builds()}))
     assert len(found[0]) == 3
     assert found[1] == pytest.approx(found[0], rel=1e-12)
 

@@ -10,24 +10,21 @@ from pathlib import Path
 
 import pytest
 
+import small_folder
 from camshaft.cli import run
 from camshaft.errors import CamshaftError, Interrupted, MachineError, RecipeError
 from camshaft.sweep import local
 from camshaft.sweep.file import read
 
 PROGRAM = Path(__file__).with_name("sweep_program.py")
-RECIPE = """
-schema_version: 1
-name: small
-model: {vocab_size: 258, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
-        num_key_value_heads: 1, max_position_embeddings: 64}
-tokenizer: {type: byte}
-data: {train: {files: [text.jsonl]}, validation_fraction: 0.2, sequence_length: 16, cache_dir: cache}
-batch: {micro_batch_size: 2, global_batch_size: 2}
-training: {max_steps: 4, log_every: 1, eval_every: 2, eval_samples: 4}
-launch: {processes: 1, device: cpu, threads_per_rank: 1}
-plugins: {adamw: {lr: 1.0e-3}, checkpoint: {every_steps: 2}, jsonl: {}}
-"""
+RECIPE = small_folder.recipe(
+    model={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+    data={"validation_fraction": 0.2, "sequence_length": 16},
+    batch={"micro_batch_size": 2, "global_batch_size": 2},
+    training={"max_steps": 4, "log_every": 1, "eval_every": 2, "eval_samples": 4},
+    launch={"processes": 1, "device": "cpu", "threads_per_rank": 1},
+    plugins={"adamw": {"lr": 1e-3}, "checkpoint": {"every_steps": 2}, "jsonl": {}},
+)
 SWEEP = """
 schema_version: 1
 name: rates
@@ -63,12 +60,8 @@ def toy(words):
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """``sweep(text)`` writes and reads a sweep's file beside a small recipe."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    lines = [json.dumps({"text": f"document {number}: " + "lorem ipsum " * (number % 7 + 1)}) for number in range(60)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    (tmp_path / "small.yaml").write_text(RECIPE)
+    small_folder.enter(tmp_path, monkeypatch)
+    small_folder.fill(tmp_path, RECIPE)
 
     def make(text=SWEEP):
         (tmp_path / "sweep.yaml").write_text(text)

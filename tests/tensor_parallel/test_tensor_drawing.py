@@ -13,6 +13,7 @@ from camshaft.testing.compare import assert_bit_equal, compare
 from camshaft.testing.ranks import RankFailed
 from camshaft.testing.run import record_ranks
 from camshaft_tensor_parallel.drawing import Drawing
+from evaluated import EVALUATES, losses
 
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 4}
 SEQUENCE = {"sequence_parallel": True}
@@ -90,32 +91,15 @@ def recipe_of_two(make_recipe):
     return make_recipe(plugins, 2, **sections)
 
 
-class Losses(Plugin):
-    """Writes what evaluation finds into a file."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    @hookimpl
-    def log(self, state, record):
-        if state.world.is_main and "eval/loss" in record:
-            with self.path.open("a") as file:
-                file.write(f"{record['eval/loss']!r}\n")
-
-
 def test_evaluation_draws_nothing(make_recipe, tmp_path):
     """Before the first step, where everything is watched, and behind it."""
     found = []
     for world_size, tensor in ((1, None), (2, {**SEQUENCE, "plan": models.PLAN})):
-        path = tmp_path / str(world_size)
         tree = recipe(make_recipe, world_size, tensor=tensor, **SIZES).tree
         sections = {key: tree[key] for key in ("model", "batch", "parallel") if key in tree}
-        training = {"max_steps": 2, "log_every": 1, "eval_every": 1, "eval_samples": 8}
         data = tree["data"] | {"validation_fraction": 0.2}
-        resolved = make_recipe(dict(tree["plugins"]), world_size, data=data, training=training, **sections)
-        record_ranks(resolved, world_size, {**builds(), "losses": Losses(path)}, timeout_s=100)
-        found.append([float(line) for line in path.read_text().splitlines()])
+        resolved = make_recipe(dict(tree["plugins"]), world_size, data=data, training=EVALUATES, **sections)
+        found.append(losses(resolved, world_size, tmp_path / str(world_size), builds()))
     assert len(found[0]) == 3
     assert found[1] == pytest.approx(found[0], rel=1e-12)
 
