@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,16 @@ from camshaft.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
+LAUNCHED = "observer"
+"""The kind whose recipe the command trains; the launcher knows nothing of kinds, and others' train in forked ranks."""
+TRAIN = """
+import sys
+
+from camshaft.recipe import load
+from camshaft.testing.run import record_ranks
+
+record_ranks(load(sys.argv[1], sys.argv[2:], world_size=2), 2)
+"""
 RULES = ["--isolated", "--line-length=120", "--select=E,F,W,I,UP,B,RUF", "--ignore=RUF012"]
 
 
@@ -34,6 +45,8 @@ class Workshop:
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         (wheel,) = folder.glob("*.whl")
         zipfile.ZipFile(wheel).extractall(self.camshaft)
+        self.site.mkdir()
+        shutil.copy(ROOT / "tests" / "forked.py", self.site)
 
     def make(self, kind: str) -> Path:
         """Write and install a package of ``kind``; returns its folder."""
@@ -68,7 +81,8 @@ def test_there_is_a_template_for_each_kind() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_conformance_tests_pass(workshop: Workshop, kind: str) -> None:
     folder = workshop.make(kind)
-    said = workshop.python("-m", "pytest", "-v", "-p", "no:cacheprovider", path=[workshop.site], cwd=folder)
+    rules = ["-v", "-p", "forked", "-p", "no:cacheprovider"]
+    said = workshop.python("-m", "pytest", *rules, path=[workshop.site], cwd=folder)
     results = re.findall(r"::(test_\w+)(?:\[[\w-]+\])? ([A-Z]+) ", said)
     passed = {name for name, outcome in results if outcome == "PASSED"}
     assert len(passed) == {"observer": 9, "schedule": 11}.get(kind, 10), said
@@ -83,7 +97,8 @@ def test_its_recipe_trains_on_two_ranks(workshop: Workshop, kind: str) -> None:
     folder = workshop.make(kind)
     run_folder = workshop.folder / f"run-{kind}"
     places = [f"run.dir={run_folder}", f"data.cache_dir={workshop.folder / 'cache'}", "training.max_steps=3"]
-    workshop.python("-m", "camshaft", "train", "recipe.yaml", *places, path=[workshop.site], cwd=folder)
+    command = ["-m", "camshaft", "train"] if kind == LAUNCHED else ["-c", TRAIN]
+    workshop.python(*command, "recipe.yaml", *places, path=[workshop.site], cwd=folder)
     record = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["progress/global_step"] == 3 and record["train/loss"] > 0
     used = yaml.safe_load((folder / "recipe.yaml").read_text())["plugins"]
