@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from camshaft.claims import TOKENS, Widths
 from camshaft.errors import PluginError, Problem
@@ -102,12 +103,34 @@ def _hidden(checked: Checked, config: ModelConfig) -> int:
 def _of_rank(
     checked: Checked, host: Host, parameters: tuple[ParameterShape, ...], rank: int
 ) -> tuple[ParameterShape, ...]:
-    for name, function in host.implementations("shapes"):
-        answer = function(checked.context, parameters, rank)
+    return chained(
+        host,
+        "shapes",
+        (ParameterShape, "ParameterShapes"),
+        parameters,
+        lambda ask, now: ask(checked.context, now, rank),
+    )
+
+
+T = TypeVar("T")
+
+
+def chained(
+    host: Host, hook: str, kind: tuple[type[T], str], found: tuple[T, ...], ask: Callable[[Any, tuple[T, ...]], Any]
+) -> tuple[T, ...]:
+    """What plugins make of ``found`` one after another; ``ask`` calls one of them with what it is by then.
+
+    ``kind``: class of what is in an answer, and what messages call that.
+
+    Raises:
+        PluginError: a plugin's answer is none.
+    """
+    for name, function in host.implementations(hook):
+        answer = ask(function, found)
         if answer is None:
             continue
-        parameters = tuple(answer)
-        strange = next((each for each in parameters if not isinstance(each, ParameterShape)), None)
+        found = tuple(answer)
+        strange = next((each for each in found if not isinstance(each, kind[0])), None)
         if strange is not None:
-            raise PluginError(name, "shapes", f"must return ParameterShapes or None, got {type(strange).__name__}")
-    return parameters
+            raise PluginError(name, hook, f"must return {kind[1]} or None, got {type(strange).__name__}")
+    return found

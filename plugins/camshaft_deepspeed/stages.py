@@ -37,19 +37,28 @@ def stage_of(zero: Any) -> Stage:
     return Wide(zero) if hasattr(zero, "fp32_groups_flat_partition") else Cut(zero)
 
 
-class Cut:
-    """Stages 1 and 2: the parameters of a group side by side, cut into one equal stretch a rank."""
+class _Stretches:
+    """The parameters of a group side by side, cut into one equal stretch a rank."""
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
 
+    def _flats(self, model: Module, masters: Sequence[Tensor], members: Sequence[Any]) -> list[Flat]:
+        """Of each group's master weights, one stretch of those of its ``members``."""
+        groups, names = self._zero.real_dp_process_group, names_of(model)
+        return [_cut(tensor, at, members[at], groups[at], names) for at, tensor in enumerate(masters)]
+
+    def spread(self) -> None:
+        """See ``Stage``."""
+        self._zero.update_lp_params()
+
+
+class Cut(_Stretches):
+    """Stages 1 and 2."""
+
     def flats(self, model: Module) -> list[Flat]:
         """See ``Stage``."""
-        zero, names = self._zero, names_of(model)
-        return [
-            _cut(tensor, number, zero.round_robin_bit16_groups[number], zero.real_dp_process_group[number], names)
-            for number, tensor in enumerate(zero.single_partition_of_fp32_groups)
-        ]
+        return self._flats(model, self._zero.single_partition_of_fp32_groups, self._zero.round_robin_bit16_groups)
 
     def gradient(self, number: int, master: Tensor) -> Tensor:
         """See ``Stage``. Offloaded gradients are in the master's ``grad`` already."""
@@ -65,24 +74,13 @@ class Cut:
         if self._zero.cpu_offload:
             self._zero.accumulated_grads_in_cpu.clear()
 
-    def spread(self) -> None:
-        """See ``Stage``."""
-        self._zero.update_lp_params()
 
-
-class Wide:
+class Wide(_Stretches):
     """Stage 1 with bf16 parameters whose gradients are kept in fp32: DeepSpeed has an optimizer of its own for it."""
-
-    def __init__(self, zero: Any) -> None:
-        self._zero = zero
 
     def flats(self, model: Module) -> list[Flat]:
         """See ``Stage``."""
-        zero, names = self._zero, names_of(model)
-        return [
-            _cut(tensor, number, zero.bf16_groups[number], zero.real_dp_process_group[number], names)
-            for number, tensor in enumerate(zero.fp32_groups_flat_partition)
-        ]
+        return self._flats(model, self._zero.fp32_groups_flat_partition, self._zero.bf16_groups)
 
     def gradient(self, number: int, master: Tensor) -> Tensor:
         """See ``Stage``."""
@@ -92,10 +90,6 @@ class Wide:
     def forget(self) -> None:
         """See ``Stage``."""
         self._zero.zero_grad(set_to_none=True)
-
-    def spread(self) -> None:
-        """See ``Stage``."""
-        self._zero.update_lp_params()
 
 
 class Scattered:

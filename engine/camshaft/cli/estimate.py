@@ -9,7 +9,7 @@ from camshaft.activations import Kept, by_kind
 from camshaft.cli.console import columns
 from camshaft.errors import PluginError
 from camshaft.estimate import Estimate, Sizes, StateBytes, combine
-from camshaft.holding import sizes
+from camshaft.holding import chained, sizes
 from camshaft.models.kept import Form, kept
 from camshaft.peak import Peak
 from camshaft.recipe.checks import micro_batch_size
@@ -35,15 +35,7 @@ def activations(checked: Checked, host: Host, counted: Sizes) -> tuple[Kept, ...
     known = (*(counted.parameters or ()), *counted.borrowed)
     stages = {name: each.stage for each in known for name in (each.name, *each.tied)}
     found = kept(config, counted.widths, form(context), stages)
-    for name, function in host.implementations("activations"):
-        answer = function(context, counted, found)
-        if answer is None:
-            continue
-        found = tuple(answer)
-        strange = next((each for each in found if not isinstance(each, Kept)), None)
-        if strange is not None:
-            raise PluginError(name, "activations", f"must return Kept or None, got {type(strange).__name__}")
-    return found
+    return chained(host, "activations", (Kept, "Kept"), found, lambda ask, now: ask(context, counted, now))
 
 
 def form(context: PlanContext) -> Form:
