@@ -76,8 +76,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, s
     (site / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     cases = site / "test_broken.py"
     cases.symlink_to(BROKEN / "cases_of_broken.py")
+    (site / "forked.py").symlink_to(BROKEN.parents[1] / "forked.py")
     chosen = [f"{cases}::Test_{plugin}::{test}" for plugin, test in CAUGHT.items()]
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={site}"]
+    rules = ["-v", "--tb=short", "-p", "forked", "-p", "no:cacheprovider", f"--rootdir={site}"]
+    command = [sys.executable, "-m", "pytest", *rules]
     environment = {
         **os.environ,
         "PYTHONPATH": str(site),
