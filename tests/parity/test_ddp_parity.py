@@ -4,75 +4,38 @@ import pytest
 import torch
 
 from camshaft.data import prepare
-from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks as train
+from references import (
+    ADAMW,
+    EXACT,
+    FP32,
+    LINEAR,
+    OPTIMIZERS,
+    SGD,
+    Variant,
+    change,
+    groups,
+    linear,
+    torch_adamw,
+    torch_sgd,
+)
 
 pytestmark = pytest.mark.broad
 
-# fp64: the gate is 1e-12, the noise of sums in another order is about 1e-15. Weights after Adam steps divide by square
-# roots of tiny second moments; they stay under the same gate here. fp32: measured 2e-5 for gradients (of a parameter
-# whose gradient nearly cancels), 9e-7 for optimizer state and weights, 2e-7 for norm and loss.
-BOUNDS = {
-    "fp64": {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15},
-    "fp32": {"gradients": 1e-4, "norm": 2e-6, "weights": 1e-5, "optimizer": 1e-5, "loss": 2e-6, "lr": 1e-15},
-}
-ADAMW = {"adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
-SGD = {"sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}}
-
-
-class Variant(Plugin):
-    """Owns ``build_model``: freezes, and adds a parameter that nothing uses."""
-
-    def __init__(self, frozen=(), unused=False):
-        super().__init__()
-        self.frozen, self.unused = frozen, unused
-
-    @hookimpl
-    def build_model(self, config):
-        model = Llama(config)
-        change(model, self.frozen, self.unused)
-        return model
-
-
-def change(model, frozen, unused):
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in frozen):
-            parameter.requires_grad_(False)
-    if unused:
-        model.unused = torch.nn.Parameter(torch.empty(7, 3, device="meta"))
-
-
-def groups(model, decay):
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def torch_adamw(model):
-    return torch.optim.AdamW(groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
-
-
-def torch_sgd(model):
-    return torch.optim.SGD(groups(model, 0.01), lr=0.05, momentum=0.9)
-
-
-OPTIMIZERS = {"adamw": (ADAMW, torch_adamw), "sgd": (SGD, torch_sgd)}
+BOUNDS = {"fp64": EXACT, "fp32": FP32}
+"""Weights after Adam steps divide by square roots of tiny second moments; they stay under the same gate."""
 
 
 def plugins(optimizer, compute, max_norm=0.1):
     return {
         **optimizer,
-        "lr_schedule": {"type": "linear", "warmup_steps": 4, "min_lr_ratio": 0.1},
+        **LINEAR,
         "clip": {"max_norm": max_norm},
         "precision": {"compute": compute},
     }
-
-
-def linear(step, total):
-    return (step + 1) / 4 if step < 4 else 1.0 - 0.9 * (step - 4) / (total - 5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -1,16 +1,12 @@
 """Recipes with a pipeline, their reference in one process, and the comparison of both."""
 
-import torch
-
 from camshaft.data import prepare
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_ranks
+from references import ADAMW, EXACT, torch_adamw
 
-EXACT = {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15}
-ADAMW = {"adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
-SGD = {"sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}}
 MAX_NORM = 0.1
 MODEL = {
     "vocab_size": 259,
@@ -26,23 +22,6 @@ MODEL = {
     "initializer_range": 0.05,
     "tie_word_embeddings": True,
 }
-
-
-def groups(model, decay):
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def torch_adamw(model):
-    return torch.optim.AdamW(groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
-
-
-def torch_sgd(model):
-    return torch.optim.SGD(groups(model, 0.01), lr=0.05, momentum=0.9)
-
-
-OPTIMIZERS = {"adamw": (ADAMW, torch_adamw), "sgd": (SGD, torch_sgd)}
 
 
 def recipe(make_recipe, world_size, pipeline=None, *, model=None, optimizer=ADAMW, ranks=None, **sections):

@@ -3,6 +3,8 @@
 import pipeline_runs as runs
 import pytest
 
+from references import OPTIMIZERS
+
 pytestmark = pytest.mark.broad
 
 
@@ -22,7 +24,7 @@ def test_every_schedule(make_recipe, schedule, world_size):
     """Nine layers over 2, 4 or 8 stages: never even. Odd schedules train with AdamW, the others with SGD."""
     model = {"num_hidden_layers": 9}
     name = ["adamw", "sgd"][SCHEDULES.index(schedule) % 2]
-    optimizer, build = runs.OPTIMIZERS[name]
+    optimizer, build = OPTIMIZERS[name]
     wanted = runs.reference(runs.recipe(make_recipe, 1, model=model, optimizer=optimizer), build)
     chosen = runs.recipe(make_recipe, world_size, {"schedule": schedule}, model=model, optimizer=optimizer)
     runs.assert_equal(chosen, world_size, wanted)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import references
 from camshaft.data import prepare
-from camshaft.models.llama import Llama
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.state import Policy
 from camshaft.testing.compare import assert_bit_equal, assert_within, compare
@@ -16,58 +16,19 @@ from camshaft.testing.ranks import run_ranks
 from camshaft.testing.reference import plain_run
 from camshaft.testing.run import record_rank
 from camshaft.testing.run import record_ranks as train
+from references import ADAMW, EXACT, FP32, LINEAR, OPTIMIZERS, Variant, linear
 
 pytestmark = pytest.mark.broad
 
-# As for ddp: 1e-12 in fp64; in fp32 sums in another order.
-BOUNDS = {
-    "fp64": {"gradients": 1e-12, "norm": 1e-12, "weights": 1e-12, "optimizer": 1e-12, "loss": 1e-12, "lr": 1e-15},
-    "fp32": {"gradients": 1e-4, "norm": 2e-6, "weights": 1e-5, "optimizer": 1e-5, "loss": 2e-6, "lr": 1e-15},
-}
-ADAMW = {"adamw": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
-SGD = {"sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}}
+BOUNDS = {"fp64": EXACT, "fp32": FP32}
 MODES = [{"keep": keep, "reduce": reduce} for keep in (True, False) for reduce in ("each", "last")]
 NAMES = [f"stage {2 if mode['keep'] else 3}, {mode['reduce']}" for mode in MODES]
 
 
 def change(model, frozen=(), unused=False):
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in frozen):
-            parameter.requires_grad_(False)
+    references.change(model, frozen, unused)
     if unused:
-        model.unused = torch.nn.Parameter(torch.empty(7, 3, device="meta"))
         model.model.layers[0].unused = torch.nn.Parameter(torch.empty(1, 3, device="meta"))
-
-
-class Variant(Plugin):
-    """Owns ``build_model``: freezes, and adds parameters that nothing uses."""
-
-    def __init__(self, **changes):
-        super().__init__()
-        self.changes = changes
-
-    @hookimpl
-    def build_model(self, config):
-        model = Llama(config)
-        change(model, **self.changes)
-        return model
-
-
-def groups(model, decay):
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def torch_adamw(model):
-    return torch.optim.AdamW(groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
-
-
-def torch_sgd(model):
-    return torch.optim.SGD(groups(model, 0.01), lr=0.05, momentum=0.9)
-
-
-OPTIMIZERS = {"adamw": (ADAMW, torch_adamw), "sgd": (SGD, torch_sgd)}
 
 
 def plugins(optimizer, compute, mode):
@@ -75,14 +36,10 @@ def plugins(optimizer, compute, mode):
         "ddp": None,
         "torch_zero": mode,
         **optimizer,
-        "lr_schedule": {"type": "linear", "warmup_steps": 4, "min_lr_ratio": 0.1},
+        **LINEAR,
         "clip": {"max_norm": 0.1},
         "precision": {"compute": compute},
     }
-
-
-def linear(step, total):
-    return (step + 1) / 4 if step < 4 else 1.0 - 0.9 * (step - 4) / (total - 5)
 
 
 def reference(make_recipe, optimizer, compute, sections=None, **changes):
@@ -136,7 +93,7 @@ def test_ranks_that_hold_nothing_of_a_parameter(make_recipe):
     """An unused parameter of one row on four ranks, beside projections of 6 rows: shards of 2, 2, 2 and 0."""
     wanted = reference(make_recipe, "adamw", "fp64", SHORT, unused=True)
     resolved = make_recipe(plugins(ADAMW, "fp64", MODES[-1]), 4, **SHORT)
-    assert_parity(train(resolved, 4, {"variant": Variant(unused=True)}), wanted, BOUNDS["fp64"])
+    assert_parity(train(resolved, 4, {"variant": Variant(change, unused=True)}), wanted, BOUNDS["fp64"])
 
 
 @pytest.mark.parametrize("reduce", ["each", "last"])
@@ -158,7 +115,7 @@ def test_zero_hands_its_third_stage_to_fully_shard(make_recipe, reduce):
 def test_frozen_tied_and_unused_parameters(make_recipe, changes):
     wanted = reference(make_recipe, "adamw", "fp64", SHORT, **changes)
     for mode in MODES[1:3]:
-        ranks = train(make_recipe(plugins(ADAMW, "fp64", mode), 2, **SHORT), 2, {"variant": Variant(**changes)})
+        ranks = train(make_recipe(plugins(ADAMW, "fp64", mode), 2, **SHORT), 2, {"variant": Variant(change, **changes)})
         assert_parity(ranks, wanted, BOUNDS["fp64"])
     for name, value in wanted[0].weights.items():
         if any(part in name for part in changes["frozen"]) or name.endswith("unused"):
