@@ -15,7 +15,8 @@ import torch
 from camshaft_recompute.patterns import KINDS
 
 Operation = Any
-"""``torch._ops.OpOverload``, which has no public name."""
+"""``torch._ops.OpOverload``, which has no public name; under a compiler also one of a higher order, such as the launch
+of a Triton kernel, which has neither schema nor overloads."""
 Keep = Callable[[Operation], bool]
 
 UNTYPED_VIEWS = frozenset({"aten._unsafe_view", "aten.detach", "aten._reshape_alias", "aten.alias"})
@@ -30,25 +31,26 @@ one of its own over a copy): kept, it would come back with what was written."""
 
 def name_of(operation: Operation) -> str:
     """``aten.mm`` for ``aten.mm.default``."""
-    return str(operation.overloadpacket)
+    return str(getattr(operation, "overloadpacket", f"higher_order.{operation}"))
 
 
 @lru_cache(maxsize=4096)
 def shares(operation: Operation) -> bool:
     """Whether the result is memory of an argument."""
-    return bool(operation.is_view) or name_of(operation) in UNTYPED_VIEWS
+    return bool(getattr(operation, "is_view", False)) or name_of(operation) in UNTYPED_VIEWS
 
 
 @lru_cache(maxsize=4096)
 def exchanges(operation: Operation) -> bool:
     """Whether ranks exchange something: memory that it is given may be written at any time."""
-    return operation.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+    return getattr(operation, "namespace", "") in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
 
 
 @lru_cache(maxsize=4096)
 def writes(operation: Operation) -> bool:
-    """Whether memory of an argument may be written."""
-    return bool(operation._schema.is_mutable) or exchanges(operation)
+    """Whether memory of an argument may be written; of what has no schema nobody can tell that it is not."""
+    schema = getattr(operation, "_schema", None)
+    return schema is None or bool(schema.is_mutable) or exchanges(operation)
 
 
 @lru_cache(maxsize=4096)

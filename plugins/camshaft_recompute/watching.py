@@ -107,7 +107,7 @@ def _flops(operation: Operation, args: Any, kwargs: Any, result: Any) -> float:
     """Of products by torch's own formulas, and of attention on any device; else 0."""
     if name_of(operation).startswith("aten._scaled_dot_product_"):
         return _attention(*(each.shape for each in args[:3]))
-    formula = flop_registry.get(operation.overloadpacket)
+    formula = flop_registry.get(getattr(operation, "overloadpacket", None))
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
 
 

@@ -9,6 +9,7 @@ alternating blocks, which shows that it works and nothing else.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -219,6 +220,7 @@ def _alone(device: Device, jobs: Jobs, count: int) -> Iterator[tuple[str, Outcom
                 told = runner.ask("peak")[0]
             yield name, Outcome(blocks, *told)
         except RuntimeError as error:
+            print(error, file=sys.stderr, flush=True)
             yield name, str(error).strip().splitlines()[-1]
 
 
