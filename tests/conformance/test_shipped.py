@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,14 @@ def case(name: str, line: Line) -> type[Conformance]:
     changes = dict(line.changes)
     recipe = {"plugins": {name: line.options}, "parallel": changes.pop("parallel", {})}
     return type(f"Test_{name}", (Conformance,), {"plugin": name, "kind": line.kind, "recipe": recipe, **changes})
+
+
+@pytest.fixture(autouse=True)
+def imported(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed itself, before ranks are forked that would import it each."""
+    if getattr(request.cls, "plugin", "") == "deepspeed":
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        importlib.import_module("camshaft_deepspeed.runtime").load()
 
 
 globals().update({f"Test_{name}": case(name, line) for name, line in TABLE.items()})
