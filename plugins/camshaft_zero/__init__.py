@@ -17,8 +17,11 @@ averaged. Invariant: copies on different ranks are bit-equal after each step; pa
 
 With P parameters, N ranks and widths p, g, m (bytes of a parameter, a kept gradient, the optimizer's values): stage 1
 takes (p + g) P + m P/N, stage 2 p P + (g + m) P/N, stage 3 (p + g + m) P/N, beside two buffers of one bucket or unit
-for each of what is freed. Sent a rank and window, times (N-1)/N: 2 P; stage 3 with M microbatches (2 M + 1) P, less
-what is kept between forward and backward. ``reduce: each`` sends P for each microbatch instead of one.
+for each of what is freed. A window of one microbatch has in stage 1 three buckets and g P/N in place of g P. During a
+forward there are no gradients but those that more are added to.
+
+Sent a rank and window, times (N-1)/N: 2 P; stage 3 with M microbatches (2 M + 1) P, less what is kept between forward
+and backward. ``reduce: each`` sends P for each microbatch instead of one.
 
 Claims layout and reduction of gradients and the layout of the optimizer's values on ``dp``, and that of parameters
 where they are divided; with ``provider: torch`` on ``tp`` and ``pp`` too, which it cannot share. Imports no torch.

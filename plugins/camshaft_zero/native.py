@@ -141,6 +141,7 @@ class Native(Storage):
         else:
             in_order = sorted(self._trained, key=lambda unit: -unit.index)  # buckets were made in backward's order
             self._publisher = Publisher(in_order, self.grid, options.overlap)
+            self._publisher.reached_last = self._reducer.end_forward
         self._hold(state)
 
     def _hold(self, state: State) -> None:

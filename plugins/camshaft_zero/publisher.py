@@ -47,6 +47,10 @@ class Publisher:
         self._of = {parameter: unit for unit in self._units for parameter in unit.parameters}
         self._arrived: set[Unit] = set()
         self._early: set[Unit] = set()
+        self._last: Module | None = None
+        """What the first window's forwards called last: the projection, which most memory is used behind."""
+        self.reached_last: Callable[[], None] = lambda: None
+        """Called before it runs."""
         if self._overlap:
             self._watch()
 
@@ -64,11 +68,14 @@ class Publisher:
         def arrive(_: Module, __: Any) -> None:
             if self._learning:
                 called.add(module)
+                self._last = module
                 self._arrived.update(units)
             for unit in units:
                 if unit.pending is not None:
                     unit.pending.wait()
                     unit.pending = None
+            if module is self._last and not self._learning:
+                self.reached_last()
 
         return arrive
 

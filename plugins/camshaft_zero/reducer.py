@@ -84,7 +84,7 @@ class Reducer:
             pass
 
     def end_forward(self) -> None:
-        """After each forward, when all its activations are there: keep no memory of an earlier backward beside them."""
+        """When a forward is over or about to be: keep no memory of an earlier backward beside its activations."""
         if self._carried:
             self._settle_carried()
             self._let_go()
