@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -125,3 +127,32 @@ def test_a_plugin_is_typed_and_says_what_it_is(path: Path) -> None:
     assert (path.parent / "py.typed").exists()
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     assert len(text.split()) >= 8, f"{path}: the docstring names the method, its source and what it claims"
+
+
+def test_each_part_of_the_core_can_be_imported_first() -> None:
+    """A circle of imports shows from some entrances alone."""
+    names = sorted(
+        ".".join(path.relative_to(CORE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in [
+            *CORE.glob("*.py"),
+            *CORE.glob("*/__init__.py"),
+            *CORE.glob("recipe/*.py"),
+            *CORE.glob("models/*.py"),
+        ]
+        if path.name != "__main__.py"
+    )
+    program = (
+        "import importlib, os, sys, torch\n"
+        "for name in sys.argv[1:]:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        try:\n"
+        "            importlib.import_module(name)\n"
+        "        except ImportError as error:\n"
+        "            print(f'{name}: {error}', flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and len(names) > 40, done.stderr
+    assert done.stdout == ""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from camshaft import claims, halving, holding, host
+from camshaft import claims, halving, host
 from camshaft.claims import Plan, PlanContext
 from camshaft.errors import PluginError, Problem, RecipeError
 from camshaft.mesh import MeshShape, stated_data_parallel
@@ -156,6 +156,8 @@ class _Run:
         if self.recipe.batch.on_out_of_memory == "halve":
             self.problems += halving.problems(self.checked.plans, self.checked.owners, context)
         if not self.problems:
+            from camshaft import holding  # it needs the model's sections, which need this package
+
             self.problems += holding.misfits(self.checked, plugins)
 
 
