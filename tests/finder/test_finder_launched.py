@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+import small_folder
+
 PLUGIN = """
 import torch
 
@@ -29,55 +31,31 @@ class Plugin(camshaft.Plugin):
             raise torch.OutOfMemoryError(f"tried to allocate {batch.tokens.shape[0]} rows")
 """
 
-MODEL = {
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-
 
 @pytest.fixture
 def start(tmp_path):
     """Writes a recipe over a plugin that has no room for more than some rows on one rank, and runs commands on it."""
     site = tmp_path / "site"
-    (site / "narrow-1.0.dist-info").mkdir(parents=True)
-    (site / "narrow-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: narrow\nVersion: 1.0\n")
-    (site / "narrow-1.0.dist-info" / "entry_points.txt").write_text("[camshaft.plugins]\nnarrow = narrow:Plugin\n")
-    (site / "narrow.py").write_text(PLUGIN)
-    lines = [json.dumps({"text": f"document {number}: " + "lorem ipsum " * (number % 7 + 1)}) for number in range(60)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    small_folder.install(site, "narrow", PLUGIN)
 
     def run(processes, rows, *overrides, **launch):
-        tree = {
-            "schema_version": 1,
-            "name": "auto",
-            "model": MODEL,
-            "tokenizer": {"type": "byte"},
-            "data": {"train": {"files": ["text.jsonl"]}, "validation_fraction": 0, "sequence_length": 16},
-            "batch": {"micro_batch_size": "auto", "global_batch_size": 4 * processes},
-            "training": {"max_steps": 2, "log_every": 1},
-            "launch": {
-                "launcher": "torchrun",
-                "processes": processes,
-                "device": "cpu",
-                "threads_per_rank": 1,
-                **launch,
-            },
-            "run": {"dir": "run"},
-            "plugins": {
+        text = small_folder.recipe(
+            "auto",
+            model={"hidden_size": 16, "intermediate_size": 32},
+            data={"sequence_length": 16},
+            batch={"micro_batch_size": "auto", "global_batch_size": 4 * processes},
+            training={"max_steps": 2, "log_every": 1},
+            launch={"launcher": "torchrun", "processes": processes, "device": "cpu", "threads_per_rank": 1, **launch},
+            run={"dir": "run"},
+            plugins={
                 **({"ddp": {}} if processes > 1 else {}),
                 "narrow": {"rows": rows, "rank": processes - 1},
                 "adamw": {"lr": 1e-3},
                 "checkpoint": {"every_steps": 2},
                 "jsonl": {},
             },
-        }
-        tree["data"]["cache_dir"] = "cache"
-        (tmp_path / "auto.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        )
+        small_folder.fill(tmp_path, text, name="auto")
         done = subprocess.run(
             [sys.executable, "-m", "camshaft", "train", "auto.yaml", *overrides],
             cwd=tmp_path,

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 
+import small_folder
+from small_folder import TWO
+
 PLUGIN = '''
 import camshaft
 
@@ -29,30 +32,20 @@ class Plugin(camshaft.Plugin):
             line.all_reduce(torch.ones(3), "reduce").wait()
 '''
 
-RECIPE = """
-schema_version: 1
-name: crooked
-model: {vocab_size: 258, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-        num_key_value_heads: 1, max_position_embeddings: 64}
-tokenizer: {type: byte}
-data: {train: {files: [text.jsonl]}, validation_fraction: 0, sequence_length: 32, cache_dir: cache}
-batch: {micro_batch_size: 1, global_batch_size: 4}
-training: {max_steps: 1000, log_every: 100}
-launch: {launcher: torchrun, processes: 2, device: cpu, threads_per_rank: 1}
-run: {dir: run}
-plugins: {ddp: {}, crooked: {}, adamw: {lr: 1.0e-3}, ledger: {}}
-"""
+RECIPE = small_folder.recipe(
+    "crooked",
+    batch={"micro_batch_size": 1, "global_batch_size": 4},
+    training={"max_steps": 1000, "log_every": 100},
+    launch=TWO,
+    run={"dir": "run"},
+    plugins={"ddp": {}, "crooked": {}, "adamw": {"lr": 1e-3}, "ledger": {}},
+)
 
 
 def test_a_run_whose_ranks_diverge_ends_with_one_error(tmp_path):
     site = tmp_path / "site"
-    (site / "crooked-1.0.dist-info").mkdir(parents=True)
-    (site / "crooked-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: crooked\nVersion: 1.0\n")
-    (site / "crooked-1.0.dist-info" / "entry_points.txt").write_text("[camshaft.plugins]\ncrooked = crooked:Plugin\n")
-    (site / "crooked.py").write_text(PLUGIN)
-    lines = [json.dumps({"text": f"document {number}: " + "lorem ipsum " * (number % 7 + 1)}) for number in range(60)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    (tmp_path / "crooked.yaml").write_text(RECIPE)
+    small_folder.install(site, "crooked", PLUGIN)
+    small_folder.fill(tmp_path, RECIPE, name="crooked")
     done = subprocess.run(
         [sys.executable, "-m", "camshaft", "train", "crooked.yaml"],
         cwd=tmp_path,

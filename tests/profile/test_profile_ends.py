@@ -1,6 +1,5 @@
 """How ``camshaft profile`` ends when no profile comes of it: with what status, and with what left on the disk."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -8,36 +7,24 @@ import time
 
 import pytest
 
+import small_folder
 from camshaft.cli import run
 from camshaft.profiling import findings
+from small_folder import ONE, TWO
 
-RECIPE = """
-schema_version: 1
-name: small
-model: {vocab_size: 258, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-        num_key_value_heads: 1, max_position_embeddings: 64}
-tokenizer: {type: byte}
-data: {train: {files: [text.jsonl]}, validation_fraction: 0, sequence_length: 32, cache_dir: cache}
-batch: {micro_batch_size: 2, global_batch_size: 8}
-training: {max_epochs: 200, log_every: 1}
-launch: {processes: 2, device: cpu, threads_per_rank: 1, launcher: torchrun, group_timeout_s: 60}
-plugins:
-  ddp: {bucket_size_mb: 0.01}
-  adamw: {lr: 1.0e-3}
-"""
-ONE = ["launch.processes=1", "plugins.ddp=null"]
+RECIPE = small_folder.recipe(
+    batch={"micro_batch_size": 2, "global_batch_size": 8},
+    training={"max_epochs": 200, "log_every": 1},
+    launch=TWO,
+    plugins={"ddp": {"bucket_size_mb": 0.01}, "adamw": {"lr": 1e-3}},
+)
 SHORT = ["training.max_epochs=1", "--warmup=500"]
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    lines = [json.dumps({"text": f"document {number}: " + "lorem ipsum " * (number % 7 + 1)}) for number in range(60)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    return tmp_path / "small.yaml"
+    small_folder.enter(tmp_path, monkeypatch)
+    return small_folder.fill(tmp_path, RECIPE)
 
 
 def test_a_profile_that_is_refused_leaves_no_folder(recipe, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import camshaft
+import small_folder
 from camshaft.cli import profile as command
 from camshaft.cli import run
 from camshaft.comm import Channel
@@ -25,38 +26,28 @@ from camshaft.recipe import load
 from camshaft.rundir import RunDirectory
 from camshaft.testing.ranks import run_ranks
 from camshaft.testing.run import Quiet
+from small_folder import ONE, TWO
 
-RECIPE = """
-schema_version: 1
-name: small
-model: {vocab_size: 258, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-        num_key_value_heads: 1, max_position_embeddings: 64}
-tokenizer: {type: byte}
-data: {train: {files: [text.jsonl]}, validation_fraction: 0, sequence_length: 32, cache_dir: cache}
-batch: {micro_batch_size: 2, global_batch_size: 8}
-training: {max_steps: 3, log_every: 1}
-launch: {processes: 2, device: cpu, threads_per_rank: 1, launcher: torchrun, group_timeout_s: 60}
-plugins:
-  ddp: {bucket_size_mb: 0.01}
-  adamw: {lr: 1.0e-3}
-  clip: {max_norm: 0.5}
-  checkpoint: {every_steps: 1}
-  console: {}
-  jsonl: {}
-"""
-ONE = ["launch.processes=1", "plugins.ddp=null"]
+RECIPE = small_folder.recipe(
+    batch={"micro_batch_size": 2, "global_batch_size": 8},
+    training={"max_steps": 3, "log_every": 1},
+    launch=TWO,
+    plugins={
+        "ddp": {"bucket_size_mb": 0.01},
+        "adamw": {"lr": 1e-3},
+        "clip": {"max_norm": 0.5},
+        "checkpoint": {"every_steps": 1},
+        "console": {},
+        "jsonl": {},
+    },
+)
 SETTINGS = Settings(warmup=2, steps=1)
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    lines = [json.dumps({"text": f"document {number}: " + "lorem ipsum " * (number % 7 + 1)}) for number in range(120)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    return tmp_path / "small.yaml"
+    small_folder.enter(tmp_path, monkeypatch)
+    return small_folder.fill(tmp_path, RECIPE, documents=120)
 
 
 def rank(number, world_size, path, changes, settings, folder):
