@@ -149,7 +149,7 @@ def test_contradicting_environment_is_status_3(recipe, monkeypatch, capsys):
 
 
 def test_more_gpus_than_there_are_is_status_3(recipe, capsys, monkeypatch):
-    monkeypatch.setattr("camshaft.cli.train._count_gpus", lambda: 1)
+    monkeypatch.setattr("camshaft.cli.train._count_gpus", lambda *, asked: int(asked))
     assert run(["train", str(recipe), "launch.device=cuda"]) == 3
     assert "this machine shows 1" in capsys.readouterr().err
 

@@ -89,7 +89,9 @@ def test_a_fault_of_the_recipe_keeps_its_place(write, tmp_path):
     (tmp_path / "small.yaml").write_text(RECIPE.replace("global_batch_size: 2", "global_batch_size: 3"))
     with pytest.raises(RecipeError) as caught:
         read(path)
-    assert str(caught.value).startswith("small.yaml:8: batch.global_batch_size: ") and len(caught.value.problems) == 1
+    line = 1 + RECIPE.splitlines().index("  global_batch_size: 2")
+    assert str(caught.value).startswith(f"small.yaml:{line}: batch.global_batch_size: ")
+    assert len(caught.value.problems) == 1
 
 
 def test_steps_are_decimal(write):
