@@ -3,6 +3,9 @@
 For tests in a pytest of their own too: ``-p forked``, with this file where it is found.
 """
 
+import os
+
+from camshaft import loop
 from camshaft.testing import ranks
 
 ranks.FORKED_WITH += [
@@ -21,3 +24,13 @@ ranks.FORKED_WITH += [
     "camshaft_tensor_parallel.sharding",
     "camshaft_zero.native",
 ]
+
+_keep, _parent = loop.keep_freed_memory, os.getpid()
+
+
+def _keep_in_ranks() -> bool:
+    """Not in the process that forks: all that it keeps would be in every rank's page tables."""
+    return os.getpid() != _parent and _keep()
+
+
+loop.keep_freed_memory = _keep_in_ranks
