@@ -22,8 +22,12 @@ CHUNK = 65536
 _OURS, _MESSAGE, _BYTES = 1 << 30, 1 << 29, (1 << 29) - 1
 
 
-def exchange(group: ProcessGroup, rank: int, outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Work]:
+def exchange(
+    group: ProcessGroup, back: ProcessGroup, rank: int, outputs: Sequence[Tensor], sources: Sequence[Tensor]
+) -> list[Work]:
     """Start to send ``sources[r]`` to, and to receive ``outputs[r]`` from, every other rank r. Empty ones are left out.
+
+    ``back``, which may be ``group``, has the same ranks and carries what goes to lower ones.
 
     The tag holds the length: messages of ranks that disagree do not match, where gloo would end the process.
     """
@@ -34,11 +38,11 @@ def exchange(group: ProcessGroup, rank: int, outputs: Sequence[Tensor], sources:
     for peer in (*range(rank + 1, size), *range(rank)):
         output = outputs[peer]
         if output.numel():
-            works.append(group.recv([output], peer, _tag(output)))
+            works.append((back if peer > rank else group).recv([output], peer, _tag(output)))
     for peer in (*range(rank + 1, size), *range(rank)):
         source = sources[peer]
         if source.numel():
-            works.append(group.send([source], peer, _tag(source)))
+            works.append((back if peer < rank else group).send([source], peer, _tag(source)))
     return works
 
 

@@ -29,6 +29,9 @@ class Grid:
         self.copies = 1 if self.outer is None else self.outer.size
         self.slices = self.copies if self.divided else 1
         """Into how many parts a stretch is divided for the optimizer."""
+        for dividing in (self.inner, self.outer if self.divided else None):
+            if dividing is not None:
+                dividing.split_directions()
         self.slice = self.outer.rank if self.divided and self.outer is not None else 0
         self.everyone = line("dp")
         """All data ranks."""

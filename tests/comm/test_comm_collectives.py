@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from camshaft import comm
 from camshaft.comm import Channel
-from camshaft.comm_exchange import CHUNK, Scratch, add_in_order
+from camshaft.comm_exchange import CHUNK, Scratch, add_in_order, exchange
 from camshaft.mesh import Mesh, MeshShape
 from camshaft.recipe.schema import Parallel
 from camshaft.testing.ranks import RankFailed, run_ranks
@@ -278,3 +278,44 @@ def test_scratch_keeps_as_many_buffers_as_were_lent_at_once():
             assert buffer.nbytes in sizes
             scratch.give(buffer)
     assert scratch.free_bytes == 1000 + 30
+
+
+def in_two_directions(rank, world_size, collective):
+    """``collective`` with connections of their own for what goes to lower ranks."""
+    build = Channel.__init__
+
+    def build_and_split(line, *arguments):
+        build(line, *arguments)
+        line.split_directions()
+        assert (line._back is line.group) == (world_size == 1)
+
+    Channel.__init__ = build_and_split
+    return collective(rank, world_size)
+
+
+@pytest.mark.parametrize("collective", [reduce_scatter, all_gather, all_to_all], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_directions_may_be_split(world_size, collective):
+    assert len(run_ranks(world_size, in_two_directions, collective)) == world_size
+
+
+class Connections:
+    """Of a group: notes who is sent to and received from."""
+
+    def __init__(self):
+        self.sent, self.received = [], []
+
+    def send(self, tensors, peer, tag):
+        self.sent.append(peer)
+
+    def recv(self, tensors, peer, tag):
+        self.received.append(peer)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_goes_to_lower_ranks_has_its_own_connections(rank):
+    up, down, tensors = Connections(), Connections(), [torch.ones(2) for _ in range(3)]
+    assert len(exchange(up, down, rank, tensors, tensors)) == 4
+    lower, higher = list(range(rank)), list(range(rank + 1, 3))
+    assert (sorted(up.sent), sorted(up.received)) == (higher, lower)
+    assert (sorted(down.sent), sorted(down.received)) == (lower, higher)
