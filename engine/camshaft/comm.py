@@ -147,8 +147,7 @@ class Channel:
         """On a CPU, give what travels to lower ranks connections of their own; all ranks of the group call it at once.
 
         While one thread writes to a connection of gloo's, the thread that reads from it spins, on a core that somebody
-        needs, and what has come waits. With a connection for each direction 8 MiB both ways between 2 ranks take 0.8
-        times as long, for three more threads a group, which sleep.
+        needs, and what has come waits. The price is three more threads a group, which sleep.
         """
         if self.size > 1 and self._back is self.group and _device(self.group).type == "cpu":
             ranks = dist.get_process_group_ranks(self.group)

@@ -1,9 +1,8 @@
 """What a process of a CPU run does with memory that was freed: keep it for the next step.
 
 A training step frees and asks for the same activations and gradients again and again. The C library gives large pieces
-back to the kernel, which hands them out again page by page, each page zeroed and faulted in anew: on a model of 8
-million parameters 14,000 faults and 3 % of the step (``python -m tools.bench sharded --case small`` has the engine
-with and without). On a device torch's caching allocator does the same work.
+back to the kernel, which hands them out again page by page, each page zeroed and faulted in anew (``python -m
+tools.bench sharded`` has DDP with and without it). On a device torch's caching allocator does the same work.
 """
 
 from __future__ import annotations
