@@ -36,9 +36,16 @@ def work(station: Station, mode: str) -> int:
     return 0
 
 
+def all_at(station: Station, step: int) -> None:
+    """Wait for both ranks, as a collective would: one of them may have started seconds after the other."""
+    while [beat.step for beat in heartbeat.read(station.directory.heartbeat)] != [step, step]:
+        time.sleep(0.01)
+
+
 def nan(station: Station, step: int) -> None:
     """Rank 1 meets a NaN; rank 0 hears only that its peer has gone, and ends before rank 1's record is there."""
     if step == 5 and station.environment.rank == 0:
+        all_at(station, step)
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
     if step == 5:
         time.sleep(0.3)
@@ -73,9 +80,7 @@ def sleepy(station: Station, step: int) -> None:
         time.sleep(600)
     if step == 5:
         station.heartbeat.beat(step, "reduce")
-        path = station.directory.heartbeat
-        while [beat.step for beat in heartbeat.read(path)] != [5, 5]:
-            time.sleep(0.01)
+        all_at(station, step)
         raise RuntimeError("[../gloo/transport/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
 
 
