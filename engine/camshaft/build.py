@@ -107,6 +107,8 @@ def _model(host: Host, world: World, config: ModelConfig) -> Module:
             model: Module = Llama(config, world.ops)
         else:
             model = _expect(owner[0], "build_model", owner[1](world, config), Module)
+    told = owner is not None and getattr(model, "draws", True)
+    world.draws = bool(told) or any(plugin.draws for plugin in host.plugins.values())
     splitter = host.owner("split")
     if splitter is not None:
         model = _expect(splitter[0], "split", splitter[1](world, model), Module)

@@ -42,6 +42,9 @@ class Plugin:
     another package's would never be asked."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that it can make use of, module to distribution: their versions are kept with runs and proofs."""
+    draws: ClassVar[bool] = True
+    """Whether a forward may draw random numbers because of it. Where no plugin of a recipe does, nor the model, what
+    only they need is left out (seeds of each microbatch and layer)."""
     name: str = ""
 
     def __init__(self, options: Any = None) -> None:

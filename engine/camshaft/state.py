@@ -109,6 +109,9 @@ class World:
     scales_gradients: bool = False
     """Whether the optimizer multiplies gradients by ``state.gradient_scale`` in its own pass over them; set by the
     owner of ``optimizer``. The owner of ``clip`` may then leave that to it."""
+    draws: bool = True
+    """Whether forwards may draw random numbers. Plugins say it of themselves (``Plugin.draws``), models do with an
+    attribute of that name; who says nothing is taken to draw. The built-in decoder draws none. Set by the build."""
     readable: bool = True
     """Whether every parameter of the model can be read where it is on this rank, outside of a forward, after
     ``settle()``."""

@@ -12,7 +12,6 @@ from camshaft.errors import PluginError
 from camshaft.halving import Halver
 from camshaft.host import Host
 from camshaft.program import CLOSING, Action, Kind
-from camshaft.seeds import seed_step
 from camshaft.state import State
 from camshaft.strokes import Strokes
 
@@ -75,7 +74,7 @@ class Stepper:
         state = self.state
         self.strokes.start_window(stop_requested)
         state.grad_norm, state.skipped = None, False
-        seed_step(state)
+        self.strokes.seed()
         if self._halver is not None:
             self._halver.run(beat)
         for call, action, phase in self.program:
@@ -86,7 +85,7 @@ class Stepper:
         """Make undone what forwards and backwards of this window have done."""
         self._release(self.state)
         self.state.loss = None
-        seed_step(self.state)
+        self.strokes.seed()
 
     def _bind(self, host: Host, program: tuple[Action, ...]) -> Bound:
         table: dict[Kind, Handler] = {
@@ -131,6 +130,7 @@ class Stepper:
 
     def _do_reduce(self, _: Action) -> None:
         self.strokes.agree()  # a rank without a loss has not asked yet
+        self.strokes.end_window()
         if self._watch is not None:
             self._watch.compare_copies()
         if self._reduce is not None:

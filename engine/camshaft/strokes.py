@@ -14,7 +14,7 @@ from camshaft import bind
 from camshaft.data.loader import Batch
 from camshaft.host import Host
 from camshaft.program import Action, Kind
-from camshaft.seeds import Seeds
+from camshaft.seeds import Seeds, seed_step
 from camshaft.state import State
 
 
@@ -50,6 +50,15 @@ class Strokes:
         assert state.window is not None
         state.control.start((state.window.weight, int(stop_requested)))
         state.loss, self._factor = None, None
+
+    def seed(self) -> None:
+        """Seed the window, before anything of it runs."""
+        seed_step(self.state)
+        self._seeds.start_window()
+
+    def end_window(self) -> None:
+        """Every forward and backward has run."""
+        self._seeds.end_window()
 
     def forward(self, action: Action, hidden: Tensor | None = None) -> Tensor:
         """Run ``action``'s microbatch through its stage: the sum of token losses, or what the next stage starts from.

@@ -49,6 +49,7 @@ class Plugin(camshaft.Plugin):
     """Adafactor without factorisation: half of AdamW's state, updates of bounded size."""
 
     Options = Options
+    draws = False
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:

@@ -45,6 +45,7 @@ class Plugin(camshaft.Plugin):
     """AdamW, fused where torch has it; no weight decay on norms and biases."""
 
     Options = Options
+    draws = False
     usual: ClassVar[dict[str, str]] = {"optimizer": "{lr: 3e-4}"}
 
     @camshaft.hookimpl

@@ -45,6 +45,7 @@ class Plugin(camshaft.Plugin):
     """Saves every N steps and at the end, and continues from the newest intact checkpoint."""
 
     Options = CheckpointOptions
+    draws = False
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

@@ -34,6 +34,7 @@ class Plugin(camshaft.Plugin):
     """Global gradient norm, and clipping by it."""
 
     Options = Options
+    draws = False
     _clipper: Clipper | None = None
 
     @camshaft.hookimpl

@@ -69,6 +69,7 @@ class Plugin(camshaft.Plugin):
     """Blocks compiled with torch.compile, one graph for all layers that are alike."""
 
     Options = Options
+    draws = False
     packages: ClassVar[dict[str, str]] = {"triton": "triton"}
     _blocks: Blocks | None = None
     _watcher: Watcher | None = None

@@ -43,6 +43,7 @@ class Plugin(camshaft.Plugin):
     """A broken output stream ends the display, not the run."""
 
     Options = Options
+    draws = False
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

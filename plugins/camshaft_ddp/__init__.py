@@ -45,6 +45,7 @@ class Plugin(camshaft.Plugin):
     """Data parallel: bucketed all-reduce of gradients, overlapped with backward."""
 
     Options = Options
+    draws = False
     usual: ClassVar[dict[str, str]] = {"data_parallel": "{}"}
     _reducer: Reducer | None = None
     _order: list[str] | None = None

@@ -48,6 +48,7 @@ class Plugin(camshaft.Plugin):
     """Storage, reduction and step of ZeRO 0 to 3 by DeepSpeed."""
 
     Options = Options
+    draws = False
     _runtime: Runtime | None = None
     _engine: Engine | None = None
     _config: dict[str, Any]

@@ -38,6 +38,7 @@ class Plugin(camshaft.Plugin):
     """Appends records on rank 0. A disk that refuses a line costs that line and one warning, never the run."""
 
     Options = Options
+    draws = False
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

@@ -83,6 +83,7 @@ class Plugin(camshaft.Plugin):
     """Faster implementations of single operations, chosen for this machine."""
 
     Options = Options
+    draws = False
     commands: ClassVar[dict[str, str]] = {
         "bench": "camshaft_kernels.bench:main",
         "doctor": "camshaft_kernels.packages:found",

@@ -46,6 +46,7 @@ class Plugin(camshaft.Plugin):
     """LAMB: a trust ratio for each parameter, for very large batches."""
 
     Options = Options
+    draws = False
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:

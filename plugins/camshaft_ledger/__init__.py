@@ -54,6 +54,7 @@ class Plugin(camshaft.Plugin):
     """The ledger of communication. With one process there is none, and it writes zeros."""
 
     Options = Options
+    draws = False
     _ledger: Ledger | None = None
 
     @camshaft.hookimpl

@@ -38,6 +38,7 @@ class Plugin(camshaft.Plugin):
     """Lion: moves by the sign of the momentum; half of AdamW's state."""
 
     Options = Options
+    draws = False
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:

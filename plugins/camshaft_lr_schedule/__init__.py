@@ -38,6 +38,7 @@ class Plugin(camshaft.Plugin):
     """Learning rate over the run: cosine, linear, exponential, WSD or constant, with warm-up."""
 
     Options = Options
+    draws = False
 
     @camshaft.hookimpl
     def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:

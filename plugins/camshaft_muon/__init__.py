@@ -75,6 +75,7 @@ class Plugin(camshaft.Plugin):
     """Muon: orthogonalised momentum for hidden matrices, AdamW for the rest."""
 
     Options = Options
+    draws = False
 
     @camshaft.hookimpl
     def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:

@@ -49,6 +49,7 @@ class Plugin(camshaft.Plugin):
     """Pipeline parallel: the model in stages, its schedule as data, checked and simulated."""
 
     Options = sections.Options
+    draws = False
     usual: ClassVar[dict[str, str]] = {"pipeline_parallel": "{}"}
     taken: ClassVar[dict[str, tuple[str, ...]]] = {"schedule": get_args(sections.Name)}
     _executor: Executor | None = None

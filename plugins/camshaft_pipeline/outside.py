@@ -31,6 +31,8 @@ class Outside:
         self._device, self._key = world.device, key
         self._before: list[torch.Tensor] | None = None
         self._handles: list[RemovableHandle] = []
+        if not world.draws:
+            return  # the core looks whether that is true
         if any(f"{layers}.".startswith(f"{piece}.") for piece in world.pieces):
             return  # one compiled piece: nothing can look into it
         for stage, span in spans.items():

@@ -93,6 +93,7 @@ class Plugin(camshaft.Plugin):
     """Dtypes: fp64, fp32, bf16, fp16 or fp8, with fp32 masters, and loss scaling where fp16 needs it."""
 
     Options = Options
+    draws = False
     _anywhere: ClassVar[bool] = False
     """Whether fp8 is allowed without a GPU: torch has the products for CPUs too, slow ones, for our tests."""
     _scaler: LossScaler | None = None

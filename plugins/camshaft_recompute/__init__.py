@@ -41,6 +41,7 @@ class Plugin(camshaft.Plugin):
     """Activations that are made again in backward, or kept elsewhere, instead of being held."""
 
     Options = Options
+    draws = False
     _runtime: Runtime | None = None
 
     @camshaft.hookimpl

@@ -36,6 +36,7 @@ class Plugin(camshaft.Plugin):
     """SGD with momentum; no weight decay on norms and biases."""
 
     Options = Options
+    draws = False
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:

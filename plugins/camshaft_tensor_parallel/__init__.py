@@ -63,6 +63,7 @@ class Plugin(camshaft.Plugin):
     """Tensor and sequence parallel."""
 
     Options = Options
+    draws = False
     usual: ClassVar[dict[str, str]] = {"tensor_parallel": "{}"}
     _sharding: Sharding | None = None
     _copies: tuple[Copies, ...] = ()

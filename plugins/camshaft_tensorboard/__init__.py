@@ -37,6 +37,7 @@ class Plugin(camshaft.Plugin):
     """Adds one scalar a metric on rank 0."""
 
     Options = Options
+    draws = False
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

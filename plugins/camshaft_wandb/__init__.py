@@ -83,6 +83,7 @@ class Plugin(camshaft.Plugin):
     """Sends records on rank 0. No hook raises because of wandb."""
 
     Options = Options
+    draws = False
     packages: ClassVar[dict[str, str]] = {"wandb": "wandb"}
 
     def __init__(self, options: Any = None) -> None:

@@ -55,6 +55,7 @@ class Plugin(camshaft.Plugin):
     """ZeRO 1, 2, 3 and hybrid sharding on flat buffers."""
 
     Options = Options
+    draws = False
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

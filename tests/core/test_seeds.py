@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from camshaft.errors import RecipeError
+from camshaft.errors import PluginError, RecipeError
 from camshaft.mesh import MeshShape
 from camshaft.recipe.schema import Parallel
 from camshaft.seeds import Seeds
@@ -25,9 +25,10 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Draws() for _ in range(3))
 
 
-def stub(*, step=0, seed=5, rank=0, pieces=()):
+def stub(*, step=0, seed=5, rank=0, pieces=(), draws=True, contracts=False):
+    recipe = SimpleNamespace(seed=seed, debug=SimpleNamespace(contracts=contracts))
     world = SimpleNamespace(
-        recipe=SimpleNamespace(seed=seed), mesh=SimpleNamespace(shape=MeshShape.of(Parallel(tensor_parallel=2), 4)),
+        recipe=recipe, draws=draws, mesh=SimpleNamespace(shape=MeshShape.of(Parallel(tensor_parallel=2), 4)),
         rank=rank, device=torch.device("cpu"), pieces=set(pieces),
     )  # fmt: skip
     return SimpleNamespace(world=world, model=Model(), step=step, microbatch=0)
@@ -99,3 +100,37 @@ def test_layers_inside_of_a_compiled_piece_go_on_from_its_beginning():
         wanted = torch.rand(1).tolist()
         seeds.begin()
         assert (state.model.layers[1]() == wanted) is inside
+
+
+def test_nothing_is_seeded_where_nobody_draws():
+    state = stub(draws=False)
+    seeds, layers = Seeds(state), state.model.layers
+    torch.manual_seed(3)
+    wanted = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    seeds.begin()
+    assert [*layers[0](), *layers[1]()] == wanted
+    assert not any(layer._forward_pre_hooks for layer in layers), "a module with hooks is slower to call"
+
+
+@pytest.mark.parametrize("contracts", [False, True])
+def test_who_draws_without_saying_so_is_told(contracts):
+    """In the first window, where contracts are looked at in each."""
+    state = stub(draws=False, contracts=contracts)
+    seeds = Seeds(state)
+
+    def window(times):
+        seeds.start_window()
+        seeds.begin()
+        torch.rand(times)
+        seeds.end_window()
+
+    with pytest.raises(PluginError, match="drew random numbers, but the model and every plugin"):
+        window(1)
+    seeds = Seeds(state)
+    window(0)
+    if contracts:
+        with pytest.raises(PluginError, match="draws = True"):
+            window(1)
+    else:
+        window(1)

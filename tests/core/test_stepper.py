@@ -16,8 +16,9 @@ from camshaft.plugin import Plugin, hookimpl
 from camshaft.program import Action, Kind, accumulate
 from camshaft.recipe.schema import Parallel
 from camshaft.rundir import RunDirectory
+from camshaft.seeds import seed_step
 from camshaft.state import BatchPlan
-from camshaft.step import Stepper, seed_step
+from camshaft.step import Stepper
 from camshaft.testing.run import Quiet
 
 
@@ -51,6 +52,7 @@ def stub(parallel, world_size, *, rank=0, sums=(12, 0), values=(1.0, 3.0), step=
     shape = MeshShape.of(parallel, world_size)
     world = SimpleNamespace(
         recipe=SimpleNamespace(seed=seed, batch=SimpleNamespace(on_out_of_memory="stop")),
+        draws=True,
         mesh=SimpleNamespace(shape=shape),
         rank=rank,
         world_size=world_size,

@@ -80,10 +80,10 @@ AREAS = {
     "operations": (("ops.py",), 250),
     "finder": (("finder.py", "trial.py", "halving.py"), 360),
     "proofs": (("verify/", "contracts.py"), 2320),
-    "profiling": (("profiling/", "datasheet.py"), 1800),
+    "measuring": (("profiling/", "datasheet.py", "meter.py"), 1800),
     "sweep": ("sweep/", 850),
     "extension": (("schedules.py", "deprecations.py"), 150),
-    "core": ("", 2340),
+    "core": ("", 2260),
 }
 APART = ("models/", "data/", "testing/", "cli/", "scaffold/")
 

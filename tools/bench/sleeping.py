@@ -91,6 +91,7 @@ class Sleepers(nn.Module):
     """A model of sleeping stages that the engine can cut."""
 
     pipeline = Cuttable("layers", ("start",), ())
+    draws = False
 
     def __init__(self, stages: int, naps: Naps) -> None:
         super().__init__()
@@ -120,6 +121,8 @@ class Sleepers(nn.Module):
 
 class _Builds(Plugin):
     """Owns ``build_model``."""
+
+    draws = False
 
     def __init__(self, stages: int, naps: Naps) -> None:
         super().__init__()

@@ -36,6 +36,8 @@ class StepRecord:
 class Probe(Plugin):
     """Records every step of a run, gradients as they are after every reduction and before clipping."""
 
+    draws = False
+
     def __init__(self) -> None:
         super().__init__()
         self.records: list[StepRecord] = []

@@ -91,6 +91,8 @@ class UnequalCopies(CamshaftError):
 class Recorder(Plugin):
     """Records every step. Registered last: it sees gradients after every other plugin's ``post_reduce``."""
 
+    draws = False
+
     def __init__(self, *, still: bool) -> None:
         """``still``: dropout drops nothing."""
         super().__init__()
@@ -189,6 +191,8 @@ def _ratio(clipped: Tensors, raw: Tensors) -> float | None:
 
 class Dtypes(Plugin):
     """Owns ``precision`` where no compared plugin does: everything in one dtype."""
+
+    draws = False
 
     def __init__(self, dtype: str) -> None:
         super().__init__()
