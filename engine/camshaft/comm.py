@@ -82,6 +82,9 @@ class Message(NamedTuple):
 
 Observer = Callable[[Call], None]
 
+FEW = 4096
+"""Elements up to which two ranks swap what they reduce: that takes half the time of gloo's rounds, or less."""
+
 _thread = threading.local()
 
 
@@ -205,10 +208,14 @@ class Channel:
 
     def send(self, tensor: Tensor, peer: int, hook: str) -> Pending:
         """Message ``tensor`` to rank ``peer`` of the group, for the same number of its receives from this rank."""
+        if Channel.observer is None and tensor.is_cpu:
+            return self._message(tensor, peer, True)
         return self.messages((Message(tensor, peer, True),), hook)[0]
 
     def recv(self, tensor: Tensor, peer: int, hook: str) -> Pending:
         """``tensor`` becomes the message of rank ``peer`` that is the next one for this rank."""
+        if Channel.observer is None and tensor.is_cpu:
+            return self._message(tensor, peer, False)
         return self.messages((Message(tensor, peer, False),), hook)[0]
 
     def messages(self, several: Sequence[Message], hook: str) -> list[Pending]:
@@ -232,14 +239,17 @@ class Channel:
 
     def _messages(self, several: Sequence[Message]) -> list[Pending]:
         if several[0].tensor.is_cpu:
-            works = [message(self.group, each.tensor, each.peer, each.away) for each in several]
-            return [Pending((work,), None, self._timeout) for work in works]
+            return [self._message(*each) for each in several]
         calls = [
             dist.P2POp(dist.isend if each.away else dist.irecv, each.tensor, group=self.group, group_peer=each.peer)
             for each in several
         ]
         together = Pending(dist.batch_isend_irecv(calls))
         return [together] * len(several)
+
+    def _message(self, tensor: Tensor, peer: int, away: bool) -> Pending:
+        group = self.group if (peer > self.rank) is away else self._back
+        return Pending((message(group, tensor, peer, away),), None, self._timeout)
 
     def trim(self) -> None:
         """Let go of the memory that is kept for next calls."""
@@ -248,9 +258,22 @@ class Channel:
     def _all_reduce(self, tensor: Tensor, op: str) -> Pending:
         if self.size == 1:
             return _DONE
+        if self.size == 2 and tensor.is_cpu and 0 < tensor.numel() <= FEW:
+            return self._reduce_of_two(tensor, op)
         # gloo's own: composed of messages it sends the same and is no faster, and it would have to add during the wait.
         kind = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
         return Pending((dist.all_reduce(tensor, op=kind, group=self.group, async_op=True),))
+
+    def _reduce_of_two(self, tensor: Tensor, op: str) -> Pending:
+        flat = tensor.detach().view(-1)
+        other = torch.empty_like(flat)
+        works = exchange(self.group, self._back, self.rank, (other, other), (flat, flat))
+        join = torch.add if op == "sum" else torch.maximum
+
+        def finish() -> None:
+            join(flat, other, out=flat)
+
+        return Pending(works, finish, self._timeout)
 
     def _reduce_scatter(self, output: Tensor, source: Tensor) -> Pending:
         if self.size == 1:

@@ -5,7 +5,8 @@ both copy. Messages straight from and into the tensors go out at once, and gloo'
 computes. Measured against gloo's own with 2, 3 and 4 ranks on 2 cores, from 256 B to 64 MiB in fp32 (medians, torch
 2.13): reduce-scatter with its sum takes 0.1 to 0.5 times as long, at every size; all-gather 0.3 to 0.8 times. One
 ``all_to_all_single`` in place of the messages is no faster at any size, and it needs the whole once more as a buffer.
-So there is one form for all sizes.
+So there is one form for all sizes. Where two ranks all-reduce a few numbers, swapping them takes 25 to 50 microseconds
+from 16 to 4096 fp64 numbers, gloo's own 105 to 140; with 4 ranks it is slower for the one number of a norm.
 """
 
 from __future__ import annotations

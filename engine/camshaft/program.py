@@ -31,6 +31,8 @@ class Kind(Enum):
     CLIP = "clip"
     STEP = "step"
 
+    __hash__ = object.__hash__  # an Enum's own is made in Python, each time an action is looked up
+
 
 class Action(NamedTuple):
     """One thing that a rank does in a step: ``kind`` of ``microbatch`` in ``stage``.

@@ -124,6 +124,7 @@ class Plugin(camshaft.Plugin):
         place = world.mesh.shape.coordinates(world.rank)["pp"]
         channel = world.mesh.channel(self.name, "pp")
         assert channel is not None
+        channel.split_directions()
         program = schedule.programs[place]
         backwards = Counter(action.stage for action in program if action.kind in (Kind.B, Kind.I))
         leaves: dict[int, list[Tensor]] = {stage: [] for stage in schedule.stages_of(place)}

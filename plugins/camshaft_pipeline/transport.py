@@ -1,11 +1,12 @@
 """Messages between stages of different ranks: their shapes are agreed once, receives are posted ahead.
 
 A program says where a transfer has its place at the latest. On a CPU each link (the messages of one peer) has up to
-``AHEAD`` receives posted that the program has not come to yet, posted while this rank waits anyway, and a message
-leaves as soon as it is made and all before it on its link have left: the wire works while this rank computes. On a
-device, whose queue of messages is strictly in order, they start where the program says, neighbours together. Sent
-tensors are kept until they are gone; at most ``KEPT`` of them a link, waited for where the program sends, because its
-order is one in which every send may wait for its receive (those of ``camshaft_pipeline.transfers``).
+``AHEAD`` receives posted that the program has not come to yet, or ``AHEAD_BYTES`` of them if that is more, posted while
+this rank waits anyway, and a message leaves as soon as it is made and all before it on its link have left: the wire
+works while this rank computes. On a device, whose queue of messages is strictly in order, they start where the program
+says, neighbours together. Sent tensors are kept until they are gone; at most ``KEPT`` of them a link, waited for where
+the program sends, because its order is one in which every send may wait for its receive (those of
+``camshaft_pipeline.transfers``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from camshaft.program import TRANSFERS, Action, Kind
 from camshaft_pipeline.schedule import Schedule
 
 AHEAD, KEPT = 2, 4
+AHEAD_BYTES = 1 << 20
 HOOK = "handlers"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WORDS = 12
@@ -39,6 +42,11 @@ class Form(NamedTuple):
     def of(cls, tensor: Tensor) -> Form:
         """The form of ``tensor``."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the message."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def pack(self, device: torch.device) -> Tensor:
         """As int64 [12]: dtype, trains, number of dimensions, sizes."""
@@ -71,7 +79,10 @@ class Line:
 
     def note(self, pending: Pending, tensor: Tensor, peer: int) -> None:
         """Keep ``tensor`` until it is gone."""
-        self._sent.setdefault(peer, deque()).append((pending, tensor))
+        sent = self._sent.get(peer)
+        if sent is None:
+            sent = self._sent[peer] = deque()
+        sent.append((pending, tensor))
 
     def full(self, peer: int) -> bool:
         """Whether more is under way to ``peer`` than may be."""
@@ -128,13 +139,12 @@ class Transport:
         """Of what each stage makes, once it is known: this rank's stages, and those before them."""
 
     def start_window(self) -> None:
-        """Post the first receives of each link."""
+        """Nothing of this window has been received or sent."""
         self._posted = dict.fromkeys(self._receives, 0)
         self._reached = dict.fromkeys(self._receives, 0)
         self._left = dict.fromkeys(self._sends, 0)
         if self._ahead:
             self._stale.update(self._receives)
-            self._post_ahead()
 
     def put(self, action: Action, tensor: Tensor | None) -> None:
         """``tensor`` is what ``action``, a send, will send; None where nobody wants it."""
@@ -147,10 +157,12 @@ class Transport:
 
     def take(self, action: Action) -> Tensor | None:
         """Wait for what ``action``, a receive, brings; None where nothing was sent."""
-        if action not in self._coming:
+        coming = self._coming.pop(action, None)
+        if coming is None:
             return None
-        pending, tensor = self._coming.pop(action)
-        self._post_ahead()
+        if self._stale:
+            self._post_ahead()
+        pending, tensor = coming
         pending.wait()
         return tensor
 
@@ -208,13 +220,16 @@ class Transport:
         if self._form(action) is None:
             self.forms[action.stage - 1] = self.line.ask(peer)
         self._reached[peer] += 1
-        self._post(peer, self._reached[peer])
-        if self._ahead:
+        if self._posted[peer] < self._reached[peer]:
+            self._post(peer, self._reached[peer])
+        if self._ahead and self._posted[peer] < len(self._receives[peer]):
             self._stale.add(peer)
 
     def _post_ahead(self) -> None:
         for peer in self._stale:
-            self._post(peer, self._reached[peer] + AHEAD)
+            form = self._form(self._receives[peer][-1])
+            count = AHEAD if form is None else max(AHEAD, AHEAD_BYTES // max(1, form.nbytes))
+            self._post(peer, self._reached[peer] + count)
         self._stale.clear()
 
     def _post(self, peer: int, count: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from camshaft import comm
-from camshaft.comm import Channel
+from camshaft.comm import FEW, Channel
 from camshaft.comm_exchange import CHUNK, Scratch, add_in_order, exchange
 from camshaft.mesh import Mesh, MeshShape
 from camshaft.recipe.schema import Parallel
@@ -148,6 +148,29 @@ def all_reduce_and_broadcast(rank, world_size):
             assert float((total.double() - exact).abs().max()) <= 16 * torch.finfo(dtype).eps
         assert torch.equal(largest, torch.stack(values).amax(0))
         assert torch.equal(sent, values[-1])
+
+
+def swapped(rank, world_size):
+    """What two ranks swap has the bits of gloo's own, at every length around the longest, and several at once."""
+    line, pending = channel(rank, world_size), []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64):
+        for length in (1, 2, 5, FEW - 1, FEW, FEW + 1):
+            for op in ("sum", "max"):
+                ours = value(rank, length, dtype)
+                theirs = ours.clone()
+                dist.all_reduce(theirs, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+                pending.append((line.all_reduce(ours, "reduce", op), ours, theirs))
+    for work, ours, theirs in reversed(pending):
+        work.wait()
+        assert torch.equal(ours, theirs)
+    empty, alone = torch.empty(0), torch.tensor(float("nan") if rank else 1.0)
+    line.all_reduce(empty, "reduce").wait()
+    line.all_reduce(alone, "clip", "max").wait()
+    assert bool(alone.isnan()), "whoever has the NaN"
+
+
+def test_two_ranks_swap_few_numbers():
+    run_ranks(2, swapped)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

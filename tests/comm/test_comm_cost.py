@@ -60,7 +60,7 @@ def test_nothing_of_the_observer_runs_while_there_is_none():
             assert "_told" not in functions_entered and "Call" not in str(functions_entered)
             assert "_told" in on[name], "this test would not see the observer either"
             assert len(on[name]) > len(functions_entered)
-        assert off["all_reduce"] == ["all_reduce", "_all_reduce", "__init__"]
+        assert off["all_reduce"][2] == "_reduce_of_two"
         assert off["broadcast"] == ["broadcast", "_broadcast", "__init__"]
 
 

@@ -93,6 +93,7 @@ def test_strictly_ordered_queues_make_the_same_numbers(make_recipe, monkeypatch,
 
     monkeypatch.setattr(transport.Transport, "__init__", ordered)
     monkeypatch.setattr(Channel, "_messages", batched)
+    monkeypatch.setattr(Channel, "_message", lambda self, *one: batched(self, [Message(*one)])[0])
     runs.assert_equal(runs.recipe(make_recipe, 2, {"schedule": schedule}), 2, wanted)
 
 
@@ -150,13 +151,17 @@ class Wire:
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe_v"])
 @pytest.mark.parametrize("place", range(4))
-def test_messages_leave_when_made_and_receives_are_posted_while_waiting(schedule, place):
-    """In the program's order on each link, never later than there; receives never more than a few ahead of it."""
+@pytest.mark.parametrize(("elements", "ahead"), [(1, 1 << 18), (1 << 16, 4), (1 << 18, 2)])
+def test_messages_leave_when_made_and_receives_are_posted_while_waiting(schedule, place, elements, ahead):
+    """In the program's order on each link, never later than there; receives never more ahead of it than a MiB or two of
+    them, and nothing before the program comes to the first.
+    """
     made, wire = make(schedule, 4, 8), Wire()
     moves = transport.Transport(made, place, transport.Line(wire, torch.device("cpu"), kept=4))
-    moves.forms = dict.fromkeys(range(len(made.placement)), Form((1,), torch.float32, True))
+    moves.forms = dict.fromkeys(range(len(made.placement)), Form((elements,), torch.float32, True))
     moves._told = set(moves.forms)
     moves.start_window()
+    assert not wire.asked
     sends = {Kind.F: Kind.SEND_F, Kind.B: Kind.SEND_B, Kind.I: Kind.SEND_B}
     contents, sent, reached = {}, {}, {}
     for action in made.programs[place]:
@@ -177,8 +182,8 @@ def test_messages_leave_when_made_and_receives_are_posted_while_waiting(schedule
             moves.run(action)
             peer = made.peer(place, action)
             reached[peer] = reached.get(peer, 0) + 1
-            assert reached[peer] <= wire.asked[peer] <= reached[peer] + transport.AHEAD
+            assert reached[peer] <= wire.asked[peer] <= reached[peer] + ahead
             moves.take(action)
-            assert wire.asked[peer] == min(reached[peer] + transport.AHEAD, len(moves._receives[peer]))
+            assert wire.asked[peer] == min(reached[peer] + ahead, len(moves._receives[peer]))
     for peer, actions in sent.items():
         assert all(left is contents[action] for left, action in zip(wire.sent[peer], actions, strict=True))
