@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -23,15 +24,22 @@ from camshaft.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("observer", "reducer", "sharder", "schedule", "kernel", "optimizer")
-LAUNCHED = "observer"
-"""The kind whose recipe the command trains; the launcher knows nothing of kinds, and others' train in forked ranks."""
+ALONE = "observer"
+"""The kind whose tests pytest finds in its folder by itself, and whose recipe the command trains. Neither pytest nor
+the launcher knows anything of kinds: others' tests run in one process, their recipes in forked ranks of another.
+"""
 TRAIN = """
+import os
 import sys
 
 from camshaft.recipe import load
 from camshaft.testing.run import record_ranks
 
-record_ranks(load(sys.argv[1], sys.argv[2:], world_size=2), 2)
+for folder in sys.argv[2:]:
+    os.chdir(folder)
+    kind = folder.rpartition("-")[2]
+    places = [f"run.dir={sys.argv[1]}/run-{kind}", f"data.cache_dir={sys.argv[1]}/cache", "training.max_steps=3"]
+    record_ranks(load("recipe.yaml", places, world_size=2), 2)
 """
 RULES = ["--isolated", "--line-length=120", "--select=E,F,W,I,UP,B,RUF", "--ignore=RUF012"]
 
@@ -48,15 +56,41 @@ class Workshop:
         self.site.mkdir()
         shutil.copy(ROOT / "tests" / "forked.py", self.site)
 
-    def make(self, kind: str) -> Path:
-        """Write and install a package of ``kind``; returns its folder."""
-        folder = self.folder / f"camshaft-our-{kind}"
-        if not folder.exists():
-            command = ["-m", "camshaft", "new-plugin", f"our_{kind}", "--kind", kind, "--into", str(self.folder)]
-            self.python(*command, path=[self.camshaft])
-            install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-            self.python(*install, "--target", str(self.site), "--upgrade", str(folder), path=[])
-        return folder
+        for kind in KINDS:
+            words = ["-m", "camshaft", "new-plugin", f"our_{kind}", "--kind", kind, "--into", str(folder)]
+            self.python(*words, path=[self.camshaft])
+        install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--no-compile"]
+        self.python(*install, "--target", str(self.site), *map(str, self.packages(KINDS)), path=[])
+        self._said: dict[str, str] = {}
+
+    def packages(self, kinds: Iterable[str]) -> list[Path]:
+        return [self.folder / f"camshaft-our-{kind}" for kind in kinds]
+
+    def conformance(self, kind: str) -> str:
+        """What pytest said of the tests of a kind's package."""
+        rules = ["-m", "pytest", "-v", "-p", "forked", "-p", "no:cacheprovider"]
+        if kind == ALONE:
+            return self.python(*rules, path=[self.site], cwd=self.packages([kind])[0])
+        if not self._said:
+            folders = self.packages(each for each in KINDS if each != ALONE)
+            said = self.python(*rules, "--import-mode=importlib", *map(str, folders), path=[self.site])
+            for each in KINDS:
+                lines = [line for line in said.splitlines() if f"::TestOur{each.title()}::" in line]
+                self._said[each] = "\n".join(lines)
+        return self._said[kind]
+
+    def trained(self, kind: str) -> dict[str, Any]:
+        """The last record of a kind's recipe, trained for three steps."""
+        run = self.folder / f"run-{kind}"
+        if kind == ALONE:
+            places = [f"run.dir={run}", f"data.cache_dir={self.folder / 'cache'}", "training.max_steps=3"]
+            command = ["-m", "camshaft", "train", "recipe.yaml", *places]
+            self.python(*command, path=[self.site], cwd=self.packages([kind])[0])
+        elif not run.exists():
+            folders = self.packages(each for each in KINDS if each != ALONE)
+            self.python("-c", TRAIN, str(self.folder), *map(str, folders), path=[self.site])
+        record: dict[str, Any] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        return record
 
     def python(self, *arguments: str, path: list[Path], cwd: Path | None = None) -> str:
         """Run Python and return what it said."""
@@ -80,9 +114,7 @@ def test_there_is_a_template_for_each_kind() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_conformance_tests_pass(workshop: Workshop, kind: str) -> None:
-    folder = workshop.make(kind)
-    rules = ["-v", "-p", "forked", "-p", "no:cacheprovider"]
-    said = workshop.python("-m", "pytest", *rules, path=[workshop.site], cwd=folder)
+    said = workshop.conformance(kind)
     results = re.findall(r"::(test_\w+)(?:\[[\w-]+\])? ([A-Z]+) ", said)
     passed = {name for name, outcome in results if outcome == "PASSED"}
     assert len(passed) == {"observer": 9, "schedule": 11}.get(kind, 10), said
@@ -94,17 +126,13 @@ def test_its_conformance_tests_pass(workshop: Workshop, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_recipe_trains_on_two_ranks(workshop: Workshop, kind: str) -> None:
-    folder = workshop.make(kind)
-    run_folder = workshop.folder / f"run-{kind}"
-    places = [f"run.dir={run_folder}", f"data.cache_dir={workshop.folder / 'cache'}", "training.max_steps=3"]
-    command = ["-m", "camshaft", "train"] if kind == LAUNCHED else ["-c", TRAIN]
-    workshop.python(*command, "recipe.yaml", *places, path=[workshop.site], cwd=folder)
-    record = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
+    record = workshop.trained(kind)
     assert record["progress/global_step"] == 3 and record["train/loss"] > 0
+    (folder,) = workshop.packages([kind])
     used = yaml.safe_load((folder / "recipe.yaml").read_text())["plugins"]
     assert f"our_{kind}" in used or used["pipeline"] == {"schedule": "our_schedule"}
     if kind == "observer":
-        assert '"step": 3' in (run_folder / "our_observer.json").read_text()
+        assert '"step": 3' in (workshop.folder / f"run-{kind}" / "our_observer.json").read_text()
 
 
 def test_all_are_formatted_and_typed(tmp_path: Path) -> None:
