@@ -52,7 +52,7 @@ def _set_aside():
 def _aside(make):
     """Gloo's threads spin while another thread, which may have lost its processor, holds the lock of a connection.
 
-    With more ranks than processors that takes a quarter to a third of all processor time.
+    With more ranks than processors that takes much of all processor time.
     """
 
     @functools.wraps(make)

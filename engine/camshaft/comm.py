@@ -144,7 +144,7 @@ class Channel:
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self._scratch = Scratch()
         self._back = group
-        """Carries what composed collectives send to lower ranks."""
+        """Carries messages, and what composed collectives send, to lower ranks."""
 
     def split_directions(self) -> None:
         """On a CPU, give what travels to lower ranks connections of their own; all ranks of the group call it at once.

@@ -3,7 +3,7 @@
 torch's generators are seeded before each window, where each microbatch begins, and again in front of each layer of a
 model that names its layers (``camshaft.models.stages``). So dropout does not depend on the order in which microbatches
 run, nor on which process runs the layers before; a resumed run draws what an undisturbed one would have drawn, and no
-checkpoint holds a random state. It costs the host some 3 microseconds a layer (13 where its caches are cold), and a
+checkpoint holds a random state. It costs the host some microseconds a layer, more where its caches are cold, and a
 device nothing. Where neither the model nor a plugin draws (``world.draws``) only the window is seeded, and a run's
 first window looks whether that is true of the generator of the CPU.
 """

@@ -342,3 +342,15 @@ def test_what_goes_to_lower_ranks_has_its_own_connections(rank):
     lower, higher = list(range(rank)), list(range(rank + 1, 3))
     assert (sorted(up.sent), sorted(up.received)) == (higher, lower)
     assert (sorted(down.sent), sorted(down.received)) == (lower, higher)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_messages_to_lower_ranks_have_them_too(rank):
+    line = object.__new__(Channel)  # without a group
+    line.rank, line.group, line._back, line._timeout = rank, Connections(), Connections(), None
+    for peer in {0, 1, 2} - {rank}:
+        line.send(torch.ones(2), peer, "handlers")
+        line.recv(torch.ones(2), peer, "handlers")
+    lower, higher = list(range(rank)), list(range(rank + 1, 3))
+    assert (line.group.sent, line.group.received) == (higher, lower)
+    assert (line._back.sent, line._back.received) == (lower, higher)
