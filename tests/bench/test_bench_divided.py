@@ -89,7 +89,9 @@ def test_one_device_beside_plain_pytorch(monkeypatch):
     """Without a GPU it runs a tiny model; nothing is compiled here, and both have the same losses."""
     monkeypatch.setattr(single_gpu, "FASTEST", {})
     names = [single_gpu.OURS, single_gpu.EAGER]
-    found = single_gpu.run(1, names)
+    kept = []
+    found = single_gpu.run(1, names, kept.append)
+    assert [len(each["rows"]) for each in kept] == [1, 2] and kept[-1] == found
     ours, plain = found["rows"]
     assert [ours["contestant"], plain["contestant"]] == names
     assert abs(ours["loss"] / plain["loss"] - 1) < 2e-3, "not the same work"

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ def sleep_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Put ``results`` into files of ``folder``; what a killed process leaves there is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("bench.json", json.dumps(results, indent=1) + "\n"), ("bench.md", markdown(results))):
+        partly = folder / f".{name}.{os.getpid()}"
+        partly.write_text(text)
+        partly.replace(folder / name)
+
+
 def check_contestants(chosen: Sequence[str]) -> None:
     """Refuse names that no benchmark knows, which would leave all of its contestants out.
 
@@ -182,17 +192,18 @@ def main() -> None:
         "tensor": lambda: tensor.run(chosen.blocks, chosen.case, chosen.contestant),
         "pipeline": lambda: pipeline.run(chosen.blocks, chosen.case, chosen.contestant),
         "pipeline_sleep": lambda: pipeline_sleep.run(chosen.blocks, chosen.case),
-        "single_gpu": lambda: single_gpu.run(chosen.blocks, chosen.contestant),
-        "kernels": lambda: kernels.run(chosen.blocks, chosen.case, chosen.contestant),
+        "single_gpu": lambda: single_gpu.run(chosen.blocks, chosen.contestant, partial(keep, "single_gpu")),
+        "kernels": lambda: kernels.run(chosen.blocks, chosen.case, chosen.contestant, partial(keep, "kernels")),
     }
     results: dict[str, Any] = {"machine": machine()}
+
+    def keep(name: str, found: Any) -> None:
+        results[name] = found
+        write(results, chosen.output)
+
     for name in chosen.which or names:
-        results[name] = benchmarks[name]()
-    text = markdown(results)
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    (chosen.output / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    (chosen.output / "bench.md").write_text(text)
-    print(text)
+        keep(name, benchmarks[name]())
+    print(markdown(results))
     print(f"written to {chosen.output}/bench.json and bench.md")
 
 

@@ -242,21 +242,31 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "kernels are timed on a CUDA GPU, and torch sees none here"
 
 
-def run(blocks: int | None, names: Sequence[str] = (), contestants: Sequence[str] = ()) -> dict[str, Any]:
-    """All cases, or those whose names begin with one of ``names``; or, without a GPU, why not."""
+def run(
+    blocks: int | None,
+    names: Sequence[str] = (),
+    contestants: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """All cases, or those whose names begin with one of ``names``; or, without a GPU, why not.
+
+    ``keep`` is given what is found so far, case by case.
+    """
     reason = missing()
     if reason is not None:
         return {"missing": reason}
     device = torch.device("cuda", torch.cuda.current_device())
     clock = Clock(device)
     copied = clock.copy_rate()
-    rows = []
+    machine = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, **kernels_forms.versions()}
+    found: dict[str, Any] = {"machine": machine, "copy_gb_s": copied / 1e9, "rows": [], "targets": []}
     for case in cases():
         if not names or any(case.name.startswith(name) for name in names):
-            rows += measure(case, clock, copied, blocks or BLOCKS, contestants)
+            found["rows"] += measure(case, clock, copied, blocks or BLOCKS, contestants)
+            found["targets"] = verdicts(found["rows"])
+            keep(found)  # compiling takes minutes: a call that is cut off has told what it found
             torch.cuda.empty_cache()
-    machine = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, **kernels_forms.versions()}
-    return {"machine": machine, "copy_gb_s": copied / 1e9, "rows": rows, "targets": verdicts(rows)}
+    return found
 
 
 def table(found: Mapping[str, Any]) -> list[str]:

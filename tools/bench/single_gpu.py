@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -172,8 +172,10 @@ class Outcome:
     board: str
 
 
-def run(blocks: int | None, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Time every contestant, or those of these names."""
+def run(
+    blocks: int | None, only: Sequence[str] = (), keep: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Time every contestant, or those of these names; ``keep`` is given what is found so far, row by row."""
     device = Device.here()
     count = blocks or device.case.blocks
     with scratch() as folder:
@@ -183,12 +185,18 @@ def run(blocks: int | None, only: Sequence[str] = ()) -> dict[str, Any]:
         rows = []
         for name, outcome in outcomes:
             rows.append(_row(device, config, name, outcome))
+            keep(_found(device, rows))  # a call that is cut off has told what it found
             if device.kind == "cuda":
-                print(_line(rows[-1]), flush=True)  # a call that is cut off has told what it found
+                print(_line(rows[-1]), flush=True)
+    return _found(device, rows)
+
+
+def _found(device: Device, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """All figures that ``rows`` hold."""
     return {
         "device": device.kind,
         "board": next((row["board"] for row in rows if "board" in row), "none"),
-        "rows": rows,
+        "rows": list(rows),
         "targets": _targets({row["contestant"]: row for row in rows if "failed" not in row}),
     }
 
