@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -77,12 +78,13 @@ def gates(dtype):
 
 def losses(vocabulary, dtype):
     block = min(launch.power_of_two(vocabulary), loss.ELEMENTS)
-    loops = launch.ceil_div(vocabulary, block)
+    lanes, width, threads = loss.row_launch(vocabulary, {"bf16": 2, "fp32": 4}[dtype])
+    full, rest = divmod(vocabulary, lanes * width)
     pointers = {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "peaks": "*fp32", "totals": "*fp32"}
     for in_place in (False, True):
         arguments = pointers | {"stride": "i32", "columns": "i32", "gain": "fp32"}
-        arguments |= {"IN_PLACE": in_place, "LOOPS": loops, "BLOCK": block}
-        yield Variant(f"loss {vocabulary} {dtype} {in_place}", loss.loss_kernel, arguments, launch.warps(2 * block))
+        arguments |= {"IN_PLACE": in_place, "FULL": full, "TAIL": rest > 0, "LANES": lanes, "WIDTH": width}
+        yield Variant(f"loss {vocabulary} {dtype} {in_place}", loss.loss_kernel, arguments, threads // 32)
     arguments = {"logits": f"*{dtype}", "stride": "i32", "labels": "*i64", "peaks": "*fp32", "totals": "*fp32"}
     arguments |= {"upstream": "*fp32", "gradient": f"*{dtype}", "columns": "i32", "blocks": "i32", "BLOCK": block}
     yield Variant(f"loss gradient {vocabulary} {dtype}", loss.gradient_kernel, arguments, launch.warps(2 * block))
@@ -93,8 +95,9 @@ def updates(parameter, aligned):
     arguments = {"table": "*i64", "owners": "*i32", "scale": "*fp32"} | dict.fromkeys(names.split(), "fp32")
     dtype = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}
     chosen = {"P": dtype[parameter], "G": dtype[parameter], "M": dtype["fp32"], "V": dtype["fp32"]}
-    chosen |= {"SCALED": True, "ALIGNED": aligned, "ELEMENTS": adamw.ELEMENTS, "CHUNK": adamw.CHUNK}
-    yield Variant(f"adamw {parameter} {aligned}", adamw.adamw_kernel, arguments | chosen, 4, wide=aligned)
+    at_once = adamw.elements([{"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in (parameter, "fp32")])
+    chosen |= {"SCALED": True, "ALIGNED": aligned, "ELEMENTS": at_once, "CHUNK": adamw.CHUNK}
+    yield Variant(f"adamw {parameter} {aligned}", adamw.adamw_kernel, arguments | chosen, adamw.WARPS, wide=aligned)
 
 
 def variants():
@@ -102,7 +105,7 @@ def variants():
     found = [
         *norms(2048), *norms(4096), *norms(8192), *norms(128), *norms(2048, "fp32"), *norms(2048, "bf16", "bf16"),
         *rotations(32, 8, 128), *rotations(32, 4, 64), *gates("bf16"), *gates("fp32"),
-        *losses(128_256, "bf16"), *losses(32_000, "fp32"),
+        *losses(128_256, "bf16"), *losses(32_000, "fp32"), *losses(32_000, "bf16"), *losses(128_256, "fp32"),
         *updates("fp32", True), *updates("bf16", True), *updates("fp32", False),
     ]  # fmt: skip
     return {variant.name: variant for variant in found}

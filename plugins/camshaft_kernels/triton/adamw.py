@@ -23,16 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from camshaft_kernels.devices import on_device_of
-from camshaft_kernels.triton.launch import INTERPRETED, check, jit, narrow
+from camshaft_kernels.triton.launch import INTERPRETED, VECTOR, check, jit, narrow
 
 CHUNK = 1 << 14
 """Elements of a program."""
 
-ELEMENTS = 1024 if not INTERPRETED else CHUNK
-"""Elements that are loaded at a time: four loads of 16 bytes for each of four warps' threads and tensors."""
+WARPS = 4
 
-VECTOR = 16
-"""Bytes of the widest load, which addresses must be multiples of."""
+LOADS = 2
+"""Loads of 16 bytes, or of 8 where dtypes are mixed, for each thread and tensor at a time."""
 
 TABLES = 64
 """Tables that are kept: one for each group of parameters, dtype and alignment."""
@@ -168,6 +167,16 @@ def _checked(four: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return four
 
 
+def elements(dtypes: Iterable[torch.dtype]) -> int:
+    """Elements that a program loads at a time. So many for each thread that all tensors lie alike in registers: with
+    16 bytes of a narrow dtype beside 16 of a wide one, Triton would exchange them through shared memory in each turn.
+    """
+    if INTERPRETED:
+        return CHUNK
+    sizes = {dtype.itemsize for dtype in dtypes}
+    return WARPS * 32 * (VECTOR // max(sizes)) * (LOADS if len(sizes) == 1 else 1)
+
+
 def _launch(tensors: list[tuple[Tensor, ...]], scale: Tensor | None, scalars: tuple[float, ...]) -> None:
     """One group."""
     table = _table(tensors)
@@ -176,7 +185,8 @@ def _launch(tensors: list[tuple[Tensor, ...]], scale: Tensor | None, scalars: tu
     with on_device_of(table.rows):
         adamw_kernel[(table.owners.numel(),)](
             table.rows, table.owners, table.rows if scale is None else scale.to(device), *scalars, *dtypes,
-            SCALED=scale is not None, ALIGNED=table.aligned, ELEMENTS=ELEMENTS, CHUNK=CHUNK, num_warps=4,
+            SCALED=scale is not None, ALIGNED=table.aligned, CHUNK=CHUNK,
+            ELEMENTS=elements(tensor.dtype for tensor in tensors[0]), num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -28,6 +28,9 @@ is little beside the products, with few hundreds it is most of the time."""
 ROUND = 128
 """Chunks are multiples of so many tokens, which matrix products like."""
 
+ALIGNED = 16
+"""Elements of which the distance between rows of logits is a multiple."""
+
 HALF_GAIN = 1024.0
 """fp16 gradients of logits are kept times this: at most 1 each, they would lose what is below 6e-8 otherwise."""
 
@@ -78,6 +81,14 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
         out.add_(torch.mm(left, right, out_dtype=out.dtype))
 
 
+def chunk_buffer(tokens: int, weight: Tensor) -> Tensor:
+    """[tokens, vocabulary] for logits, each row at a multiple of 32 bytes: products and wide loads want that of 16, and
+    Triton looks for multiples of 16 elements. A vocabulary of 50,257 has it of 2.
+    """
+    words = ceil_div(weight.shape[0], ALIGNED) * ALIGNED
+    return torch.empty(tokens, words, dtype=weight.dtype, device=weight.device)[:, : weight.shape[0]]
+
+
 def losses_and_gradients(
     hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool], chunk: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -88,7 +99,7 @@ def losses_and_gradients(
     wide = computed(hidden.dtype)
     into_hidden = torch.empty_like(hidden, dtype=wide) if wanted[0] else None
     into_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
-    logits = torch.empty(chunk, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    logits = chunk_buffer(chunk, weight)
     losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
         part, span = hidden[start : start + chunk], slice(start, start + chunk)

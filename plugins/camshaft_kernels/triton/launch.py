@@ -30,6 +30,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 SOFTWARE = tl.constexpr(INTERPRETED)
 
+VECTOR = 16
+"""Bytes of the widest load and store of a thread, which addresses must be multiples of."""
+
 WIDEST = 65536
 """Columns of the widest row that one program holds."""
 

@@ -1,8 +1,12 @@
 """Cross-entropy of logits: the softmax's normaliser in one pass over each row, the gradient in another.
 
 Milakov and Gimelshein 2018 (online softmax): a running maximum, and a sum of exponentials that is rescaled when the
-maximum grows. Arithmetic is in fp32 (fp64 of fp64) whatever the logits' dtype, without a copy of them in it. A row
-whose label is not counted is not read, has loss 0 and gradient 0. A label outside of the vocabulary makes the loss nan.
+maximum grows; here one of both for each 16 bytes that a thread loads at a time, so that threads meet once a row and not
+once a tile. Arithmetic is in fp32 (fp64 of fp64) whatever the logits' dtype, without a copy of them in it. A row whose
+label is not counted is not read, has loss 0 and gradient 0. A label outside of the vocabulary makes the loss nan.
+
+Where the gradient overwrites the logits, both passes are one launch, and the second goes backwards: what the first has
+read last is still in the GPU's L2 cache. ``row_launch`` keeps as few rows in flight as fit there.
 """
 
 from __future__ import annotations
@@ -16,52 +20,98 @@ from torch.autograd.function import once_differentiable
 
 from camshaft.ops import IGNORED
 from camshaft_kernels.devices import on_device_of
-from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narrow, power_of_two, rows, warps, wide
+from camshaft_kernels.triton.launch import VECTOR, ceil_div, check, computed, jit, narrow, power_of_two, rows, warps, wide
 
 ELEMENTS = 4096
-"""Elements of a row that are loaded at a time."""
+"""Elements of a row that a program of the gradient alone takes."""
+
+LOADS = 4
+"""Loads of 16 bytes in flight for each thread of a program that takes a row in turns."""
+
+ROW_BYTES = 8192
+"""Bytes of a row for each warp: few warps for short rows, of which many are in flight, 32 for the longest."""
 
 UNCOUNTED = tl.constexpr(IGNORED)
 
 
 @jit
+def grow(
+    start: tl.tensor, column: tl.tensor, columns: tl.tensor, largest: tl.tensor, total: tl.tensor,
+    MASKED: tl.constexpr, KEPT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """``largest`` [lanes] and ``total`` [lanes] with one more tile [lanes, width] of the row."""
+    there = column < columns if MASKED else None
+    other = float("-inf") if MASKED else None
+    value = wide(tl.load(start + column, mask=there, other=other, eviction_policy="evict_last" if KEPT else ""))
+    grown = tl.maximum(largest, tl.max(value, 1))
+    pivot = tl.where(grown == float("-inf"), 0.0, grown)  # all masked so far: -inf less itself is nan
+    return grown, total * tl.exp(largest - pivot) + tl.sum(tl.exp(value - pivot[:, None]), 1)
+
+
+@jit
 def normalise(
-    logits: tl.tensor, columns: tl.tensor, LOOPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-) -> tl.tensor:
+    start: tl.tensor, place: tl.tensor, columns: tl.tensor,
+    FULL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    KEPT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """(Largest logit of one row, sum of exponentials of all less that): apart, large logits cost no digits."""
-    largest = tl.full((), float("-inf"), dtype=WIDE)
-    total = tl.zeros((), dtype=WIDE)
-    for turn in range(LOOPS):
-        column = turn * BLOCK + tl.arange(0, BLOCK)
-        value = wide(tl.load(logits + column, mask=column < columns, other=float("-inf")))
-        grown = tl.maximum(largest, tl.max(value, 0))
-        pivot = tl.where(grown == float("-inf"), 0.0, grown)  # all masked so far: -inf less itself is nan
-        total = total * tl.exp(largest - pivot) + tl.sum(tl.exp(value - pivot), 0)
-        largest = grown
-    return largest, total
+    largest = tl.full((LANES,), float("-inf"), dtype=WIDE)
+    total = tl.zeros((LANES,), dtype=WIDE)
+    for turn in range(FULL):
+        largest, total = grow(start, turn * BLOCK + place, columns, largest, total, False, KEPT)
+    if TAIL:
+        largest, total = grow(start, FULL * BLOCK + place, columns, largest, total, True, KEPT)
+    peak = tl.max(largest, 0)
+    return peak, tl.sum(total * tl.exp(largest - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+
+
+@jit
+def turn_into_gradient(
+    start: tl.tensor, column: tl.tensor, columns: tl.tensor, label: tl.tensor,
+    peak: tl.tensor, share: tl.tensor, gain: tl.tensor, MASKED: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of a row. ``share``: ``gain`` over the sum of exponentials."""
+    there = column < columns if MASKED else None
+    other = float("-inf") if MASKED else None
+    value = wide(tl.load(start + column, mask=there, other=other, eviction_policy="evict_first"))
+    found = tl.exp(value - peak) * share - tl.where(column == label, gain, 0.0)
+    tl.store(start + column, narrow(found, start.dtype.element_ty), mask=there, eviction_policy="evict_first")
+
+
+@jit
+def clear(start: tl.tensor, column: tl.tensor, columns: tl.tensor, MASKED: tl.constexpr) -> None:
+    """One tile of a row that does not count."""
+    there = column < columns if MASKED else None
+    tl.store(start + column, tl.zeros(column.shape, dtype=start.dtype.element_ty), mask=there)
 
 
 @jit
 def loss_kernel(
     logits: tl.tensor, stride: tl.tensor, labels: tl.tensor, losses: tl.tensor,
     peaks: tl.tensor, totals: tl.tensor, columns: tl.tensor, gain: tl.tensor,
-    IN_PLACE: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row: its loss, largest logit and sum; with ``IN_PLACE`` the logits become ``gain`` times their gradient."""
+    """One row: its loss, largest logit and sum; with ``IN_PLACE`` the logits become ``gain`` times their gradient.
+
+    It is taken in ``FULL`` tiles [``LANES``, ``WIDTH``], and with ``TAIL`` one that it fills in part: a mask of unknown
+    end would keep the others from wide loads.
+    """
+    BLOCK: tl.constexpr = LANES * WIDTH
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     start = logits + row * stride
+    place = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     if label == UNCOUNTED:
         tl.store(losses + row, 0.0)
         tl.store(peaks + row, 0.0)
         tl.store(totals + row, 1.0)
         if IN_PLACE:
-            for turn in range(LOOPS):
-                column = turn * BLOCK + tl.arange(0, BLOCK)
-                nothing = tl.zeros((BLOCK,), dtype=logits.dtype.element_ty)
-                tl.store(start + column, nothing, mask=column < columns)
+            for turn in range(FULL):
+                clear(start, turn * BLOCK + place, columns, False)
+            if TAIL:
+                clear(start, FULL * BLOCK + place, columns, True)
     else:
-        peak, total = normalise(start, columns, LOOPS, BLOCK, losses.dtype.element_ty)
+        peak, total = normalise(start, place, columns, FULL, TAIL, LANES, BLOCK, losses.dtype.element_ty, IN_PLACE)
         known = (label >= 0) & (label < columns)
         chosen = wide(tl.load(start + label, mask=known, other=float("nan")))
         tl.store(losses + row, (peak - chosen) + tl.log(total))
@@ -69,12 +119,12 @@ def loss_kernel(
         tl.store(totals + row, total)
         if IN_PLACE:
             tl.debug_barrier()  # the label's logit is read by one thread and overwritten by another
-            for turn in range(LOOPS):
-                column = turn * BLOCK + tl.arange(0, BLOCK)
-                there = column < columns
-                value = wide(tl.load(start + column, mask=there, other=float("-inf")))
-                found = (tl.exp(value - peak) / total - tl.where(column == label, 1.0, 0.0)) * gain
-                tl.store(start + column, narrow(found, logits.dtype.element_ty), mask=there)
+            share = gain / total
+            if TAIL:
+                turn_into_gradient(start, FULL * BLOCK + place, columns, label, peak, share, gain, True)
+            for turn in range(FULL):
+                column = (FULL - 1 - turn) * BLOCK + place
+                turn_into_gradient(start, column, columns, label, peak, share, gain, False)
 
 
 @jit
@@ -94,6 +144,17 @@ def gradient_kernel(
     tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
 
 
+def row_launch(columns: int, itemsize: int) -> tuple[int, int, int]:
+    """(Lanes, elements of each, threads) of a program that takes a row in turns.
+
+    With 256 KB (a vocabulary of 128,256 in bf16) 32 warps, of which a multiprocessor holds one such program: 132 rows
+    are 34 MB, and an H100's L2 has 50. A row half as long gets half the warps, so twice as many rows are in flight.
+    """
+    width = VECTOR // itemsize
+    threads = 32 * min(power_of_two(columns * itemsize // ROW_BYTES), 32)
+    return min(threads * LOADS, power_of_two(ceil_div(columns, width))), width, threads
+
+
 def losses_of(matrix: Tensor, labels: Tensor, *, in_place: bool, gain: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(Losses, largest logits, sums of exponentials) of the rows of ``matrix`` [n, vocabulary], [n] in fp32 or wider.
 
@@ -103,11 +164,12 @@ def losses_of(matrix: Tensor, labels: Tensor, *, in_place: bool, gain: float = 1
     losses = torch.empty(count, dtype=computed(matrix.dtype), device=matrix.device)
     peaks, totals = torch.empty_like(losses), torch.empty_like(losses)
     if count:
-        block = min(power_of_two(columns), ELEMENTS)
+        lanes, width, threads = row_launch(columns, matrix.element_size())
         with on_device_of(matrix):
             loss_kernel[(count,)](
-                matrix, matrix.stride(0), labels, losses, peaks, totals, columns, gain,
-                IN_PLACE=in_place, LOOPS=ceil_div(columns, block), BLOCK=block, num_warps=warps(2 * block),
+                matrix, matrix.stride(0), labels, losses, peaks, totals, columns, gain, IN_PLACE=in_place,
+                FULL=columns // (lanes * width), TAIL=columns % (lanes * width) > 0, LANES=lanes, WIDTH=width,
+                num_warps=threads // 32,
             )  # fmt: skip
     return losses, peaks, totals
 
