@@ -36,6 +36,8 @@ class Kept:
     """Pipeline stage of the module."""
     again: int = 0
     """Bytes that are there only while the backward of its layer runs: made again, or fetched."""
+    making: int = 0
+    """Bytes that are there only while its forward makes it, beside itself and what came before."""
 
     @property
     def held(self) -> int:

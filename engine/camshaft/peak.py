@@ -1,8 +1,9 @@
 """The most memory that a rank needs at once, from its model state and from what forwards keep. Pure, without torch.
 
 While a backward runs, what its forward kept goes, and gradients come. So the peak is one of several moments: the
-backward of the loss, where all is kept and the logits have gradients; that of a layer, where gradients of what is above
-are there and activations of what is below; the step, where all gradients are there and nothing is kept any more.
+forward of what takes much memory to be made, with all that was kept before it; the backward of the loss, where all is
+kept and the logits have gradients; that of a layer, where gradients of what is above are there and activations of what
+is below; the step, where all gradients are there and nothing is kept any more.
 
 Working memory counted: gradients of the logits, of one half of a layer and of the hidden states. Not counted:
 workspaces of libraries, fragments of allocators, and what an optimizer that is not fused makes for a moment.
@@ -44,10 +45,8 @@ def peak(kept: tuple[Kept, ...], sizes: Sizes, found: Estimate) -> Peak:
     closing, passing = (sum(size for what, size in found.buffers if what.endswith(each)) for each in (CLOSING, PASSING))
     always = state.total - state.gradients + sum(size for _, size in found.buffers) - closing - passing
     moments = [Peak("the step", always + state.gradients + closing, 0)]
-    moments += [
-        Peak(moment, always + size, working)
-        for moment, size, working in _Backward(kept, sizes, state.gradients, passing)
-    ]
+    backward = _Backward(kept, sizes, state.gradients, passing)
+    moments += [Peak(moment, always + size, working) for moment, size, working in (*backward.forwards(), *backward)]
     return max(moments, key=lambda each: each.bytes)
 
 
@@ -95,6 +94,15 @@ class _Backward:
             below -= once  # of other microbatches it stays
             above += 0 if self._before else new * self._share
 
+    def forwards(self) -> Iterator[tuple[str, int, int]]:
+        """Moments of the forward in which something is there that backward never sees."""
+        held = self._before
+        for each in self._kept:
+            held += each.held
+            if each.making:
+                word = self._word(self._place(each.module)).replace("backward", "forward", 1)
+                yield word, held + each.making, each.making
+
     def _again(self, places: Mapping[Place, list[Kept]], now: Place) -> int:
         """What came back for the backward of a layer and has not been used yet."""
         return sum(each.again for place in places if place[0] == now[0] and place <= now for each in places[place])
@@ -120,7 +128,7 @@ class _Backward:
         for each in here:
             made[each.name] += each.bytes + each.again
         if (layer, half) == (self._last, 1):
-            return 2 * (made["log_softmax"] or made["softmax"])
+            return 2 * (made["log_softmax"] or made["softmax"]) + made["logits"]
         if layer == self._last:
             return self._added[place] + self._hidden(1)
         if layer < 0:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 FUSED_LOSS = "linear_cross_entropy"
 HEAD = "lm_head"
+CHUNK_BYTES, ROUND, ALIGNED = 1 << 30, 128, 16
+"""Of Triton's chunks of logits: at most so many bytes, multiples of so many tokens, rows of multiples of so many."""
+FEWEST = 256
+"""Tokens of a chunk of the others at least."""
 UNREPEATED = ("flash_attention",)
 """Providers of ``document_attention`` that take key and value heads as they are."""
 
@@ -91,9 +95,41 @@ def _gradients(kept: tuple[Kept, ...], sizes: Sizes, provider: str) -> Iterator[
     width = _wide(sizes) if provider == "triton" else sizes.widths.param
     elements = sizes.config.vocab_size * sizes.config.hidden_size
     like = replace(loss, module=HEAD, made="loss", flops=0.0)
-    yield replace(like, name="gradient of the hidden states", bytes=sizes.hidden * width)
-    if _trains(sizes):
+    trains = _trains(sizes)
+    if trains:
         yield replace(like, name="gradient of the weight", bytes=elements * width)
+    making = _making(sizes, sizes.config.vocab_size, sizes.config.hidden_size, provider, trains)
+    yield replace(like, name="gradient of the hidden states", bytes=sizes.hidden * width, making=making)
+
+
+def _making(sizes: Sizes, vocabulary: int, features: int, provider: str, trains: bool) -> int:
+    """Bytes that are there while a fused loss runs, beside the gradients that it makes: one chunk of logits, the last
+    norm's result, and what autocast narrows of it and of the weight; with torch's form, which adds up in fp32, the
+    narrow weight's gradient in that.
+    """
+    param, wide = sizes.widths.param, _wide(sizes)
+    compute = min(sizes.widths.compute, param)
+    tokens, elements = sizes.hidden // features, vocabulary * features
+    around = sizes.hidden * param + (elements * compute if compute < param else 0)
+    if provider == "triton":
+        words = -(-vocabulary // ALIGNED) * ALIGNED
+        narrowed = sizes.hidden * compute if compute < param else 0
+        return around + narrowed + chunk_tokens(tokens, vocabulary, compute) * words * compute
+    sums = elements * wide if trains and param < wide else 0
+    width = 2 * wide + (compute if compute < wide else 0)  # logits, the same in fp32, and their softmax
+    return around + sums + chunk_size(tokens, vocabulary, features) * vocabulary * width
+
+
+def chunk_tokens(tokens: int, vocabulary: int, width: int) -> int:
+    """Tokens of a chunk of Triton's form, with logits of ``width`` bytes; as ``camshaft_kernels.triton.head`` says."""
+    most = max(CHUNK_BYTES // (vocabulary * width) // ROUND, 1) * ROUND
+    even = -(-tokens // max(-(-tokens // most), 1))
+    return min(-(-even // ROUND) * ROUND, tokens)
+
+
+def chunk_size(tokens: int, vocabulary: int, features: int) -> int:
+    """Tokens of a chunk of torch's form; as ``camshaft_kernels.providers.chunked`` says."""
+    return min(max(FEWEST, -(-tokens * features // vocabulary)), tokens)
 
 
 def _trains(sizes: Sizes) -> bool:

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,34 @@ def test_tritons_gradients_are_fp32(recipe_of, monkeypatch, precision, factor):
     plain = names(recipe_of(FUSED, precision, UNTIED, {}, 1))
     for name in ("gradient of the hidden states", "gradient of the weight"):
         assert ours[("lm_head", name)].bytes == factor * plain[("lm_head", name)].bytes > 0
+
+
+def test_chunks_of_logits_are_counted_as_they_are_made():
+    from camshaft_kernels import kept
+    from camshaft_kernels.providers.chunked import chunk_size
+    from camshaft_kernels.triton.head import ALIGNED, CHUNK_BYTES, chunk_tokens
+
+    assert kept.ALIGNED == ALIGNED
+    for tokens, vocabulary, width in product((1, 255, 4096, 16_384, 131_072), (50, 32_000, 128_256), (2, 4, 8)):
+        made = chunk_tokens(tokens, vocabulary, width, CHUNK_BYTES)
+        assert kept.chunk_tokens(tokens, vocabulary, width) == made
+        assert kept.chunk_size(tokens, vocabulary, 256 * width) == min(
+            chunk_size(tokens, vocabulary, 256 * width), tokens
+        )
+
+
+@pytest.mark.parametrize("precision", [{}, AUTOCAST, NARROW], ids=["fp32", "autocast", "bf16 parameters"])
+def test_tritons_chunk_is_there_while_the_loss_is_made(recipe_of, monkeypatch, precision):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    resolved = recipe_of({"linear_cross_entropy": "triton"}, precision, {**UNTIED, "vocab_size": 3000}, {}, 1)
+    (holding,) = holdings(resolved, 1)
+    widths, (making,) = holding.sizes.widths, [each for each in holding.kept if each.making]
+    tokens = 3 * 32
+    narrow = min(widths.param, widths.compute)
+    casts = (tokens + 3000) * 20 * narrow if narrow < widths.param else 0
+    assert making.making == tokens * 3008 * narrow + casts + tokens * 20 * widths.param
+    assert making == holding.kept[-1], "everything else is there before"
+    assert holding.peak.moment == "the forward of the output projection" and holding.peak.working == making.making
 
 
 def test_on_a_gpu_auto_counts_what_the_rules_take_first(recipe_of):

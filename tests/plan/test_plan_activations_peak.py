@@ -9,6 +9,8 @@ NARROW = {"precision": {"compute": "bf16", "parameters": "bf16"}}
 TALL = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 6, "head_dim": 8}
 BROAD = {**TALL, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 6}
 UNTIED = {"tie_word_embeddings": False}
+LARGE = {"vocab_size": 3000, "num_hidden_layers": 2}
+FUSED = {"kernels": {"linear_cross_entropy": "torch"}}
 LONG = {"sequence_length": 64}
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 ONE, FOUR = {"micro_batch_size": 8, "global_batch_size": 8}, {"micro_batch_size": 4, "global_batch_size": 16}
@@ -21,7 +23,10 @@ CASES = {
     "autocast": (AUTOCAST, TALL, LONG, {}, FOUR),
     "bf16 parameters": (NARROW, {**TALL, **UNTIED}, LONG, {}, FOUR),
     "documents": ({}, TALL, {**LONG, "pack": True}, {}, ONE),
-    "a large vocabulary": ({}, {**TALL, "vocab_size": 3000, "num_hidden_layers": 2}, LONG, {}, ONE),
+    "a large vocabulary": ({}, {**TALL, **LARGE}, LONG, {}, ONE),
+    "fused loss": (FUSED, {**TALL, **LARGE}, LONG, {}, ONE),
+    "fused loss, autocast": ({**AUTOCAST, **FUSED}, {**BROAD, **LARGE, **UNTIED}, LONG, {}, FOUR),
+    "fused loss, bf16 parameters": ({**NARROW, **FUSED}, {**BROAD, **LARGE}, LONG, {}, FOUR),
     "recompute, full": ({"recompute": {"mode": "full"}}, TALL, LONG, {}, FOUR),
     "recompute, selective, autocast": ({"recompute": {"mode": "selective"}, **AUTOCAST}, BROAD, LONG, {}, FOUR),
     "ddp": ({"ddp": {"bucket_size_mb": 0.05}}, TALL, LONG, {"data_parallel": 2}, FOUR),

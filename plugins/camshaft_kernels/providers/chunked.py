@@ -106,6 +106,7 @@ def _run(
                 towards[begin : begin + rows] = slope @ table
             if product is not None:
                 _add_product(product, slope, part)
+            del slope  # the next chunk's logits take its memory
     if product is not None and weight.dtype != torch.float16:
         product = product.to(weight.dtype)
     return loss, towards, product
