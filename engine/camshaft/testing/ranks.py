@@ -130,6 +130,8 @@ def _rank(
     import torch
     import torch.distributed as dist
 
+    from camshaft.testing import reports
+
     gc.freeze()  # else each collection of garbage writes to all that the parent has, and so copies those pages
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -144,7 +146,7 @@ def _rank(
                 timeout=timedelta(seconds=max(timeout_s, 30)),  # the caller ends what hangs
             )
             dist.barrier()  # a rank with nothing to say would be gone while its peers still connect to it
-        report = pickle.dumps((True, function(rank, world_size, *arguments)))
+        report = reports.dumps((True, function(rank, world_size, *arguments)))
     except BaseException:
         status = 1
         report = pickle.dumps((False, traceback.format_exc()))
