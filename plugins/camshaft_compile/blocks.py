@@ -12,6 +12,7 @@ from torch.nn import Module, ModuleDict, ModuleList
 
 from camshaft.errors import CamshaftError, Problem, RecipeError
 from camshaft_compile import naming
+from camshaft_compile.rules import CUDA_GRAPHS
 
 if TYPE_CHECKING:
     from camshaft.state import World
@@ -33,6 +34,8 @@ class Blocks:
     def __init__(self, options: Options, world: World, model: Module, plugin: str) -> None:
         self._key = f"plugins.{plugin}"
         self._running = False
+        self.graphs = options.cuda_graphs or options.backend == CUDA_GRAPHS
+        """Whether calls are replayed as CUDA graphs."""
         _check_backend(options.backend, self._key)
         self.names = chosen(options, model, self._key, whole=not world.stages)
         self._modules = [model.get_submodule(name) for name in self.names]

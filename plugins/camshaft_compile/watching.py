@@ -31,9 +31,16 @@ class Watcher:
         self._told: set[str] = set()
 
     def around(self, call: Forward) -> Forward:
-        """Look after each forward of an evaluation; those of training are counted window by window."""
+        """Look after each forward of an evaluation; those of training are counted window by window.
+
+        CUDA graphs are told where a forward begins: each block's call would count as the first of a new one else, and
+        the graphs might write where the block before has put what this one reads. Backward waiting for it forbids that
+        in training alone.
+        """
 
         def forward(batch: Batch) -> Tensor:
+            if self._blocks.graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             made = call(batch)
             if not torch.is_grad_enabled():
                 self._look("evaluation")
