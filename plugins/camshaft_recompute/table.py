@@ -2,8 +2,8 @@
 
 What a module would keep is made again, but for results of products in mode `selective`; its inputs stay. The table is
 that of the built-in decoder, so regions are its layers, or attention and MLP in them. A result of a product that a
-collective takes (rows divided over ranks) cannot be kept; what a budget will choose is not known, and nothing of it is
-counted.
+collective takes (rows divided over ranks) cannot be kept. Which results a budget will choose is known from times alone;
+that it is used up, by as many bytes of each tensor, is counted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,24 @@ def changed(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Ke
     masks = {each.stage: each for several in pending.values() for each in several if each.name == "mask"}
     if options.mode in ("full", "selective"):
         found += [table.mask(each) for each in masks.values()]
+    if options.budget is not None:
+        inner = [each for each in found if any(inside(_user(each), region) for region in regions)]
+        share = _share(options.budget, inner)
+        found = [_partly(each, share) for each in found]
     return tuple(found)
+
+
+def _share(budget: int, inner: Sequence[Kept]) -> float:
+    """Part of what the chosen modules could make again that a budget of so many bytes keeps, beside their inputs."""
+    again = sum(each.again for each in inner)
+    left = budget - sum(each.bytes for each in inner)
+    return min(max(left, 0) / again, 1.0) if again else 0.0
+
+
+def _partly(each: Kept, share: float) -> Kept:
+    """``each`` with that part of what would be made again kept."""
+    kept = round(each.again * share)
+    return replace(each, bytes=each.bytes + kept, again=each.again - kept)
 
 
 def _parts(kept: Sequence[Kept]) -> Iterator[list[str]]:

@@ -15,6 +15,11 @@ LONG = {"sequence_length": 64}
 TP, PP = {"tensor_parallel": 2}, {"pipeline_parallel": 2}
 ONE, FOUR = {"micro_batch_size": 8, "global_batch_size": 8}, {"micro_batch_size": 4, "global_batch_size": 16}
 
+
+def budget(size):
+    return {"recompute": {"mode": "selective", "budget_bytes": size}}
+
+
 CASES = {
     "activations, one microbatch": ({}, TALL, LONG, {}, ONE),
     "activations, four microbatches": ({}, TALL, LONG, {}, FOUR),
@@ -29,6 +34,9 @@ CASES = {
     "fused loss, bf16 parameters": ({**NARROW, **FUSED}, {**BROAD, **LARGE}, LONG, {}, FOUR),
     "recompute, full": ({"recompute": {"mode": "full"}}, TALL, LONG, {}, FOUR),
     "recompute, selective, autocast": ({"recompute": {"mode": "selective"}, **AUTOCAST}, BROAD, LONG, {}, FOUR),
+    "recompute, a budget": (budget(1_000_000), TALL, LONG, {}, FOUR),
+    "recompute, a budget that all fits in": (budget(10**9), TALL, LONG, {}, FOUR),
+    "recompute, a budget that nothing fits in": (budget(0), TALL, LONG, {}, FOUR),
     "ddp": ({"ddp": {"bucket_size_mb": 0.05}}, TALL, LONG, {"data_parallel": 2}, FOUR),
     "zero 1": ({"zero": {"stage": 1, "bucket_size_mb": 0.1}}, BROAD, LONG, {"data_parallel": 2}, FOUR),
     "zero 2": ({"zero": {"stage": 2, "bucket_size_mb": 0.1}}, BROAD, LONG, {"data_parallel": 2}, FOUR),
