@@ -353,4 +353,5 @@ def _copied(output: Tensor, source: Tensor) -> Pending:
 
 def _device(group: ProcessGroup) -> torch.device:
     """Where tensors of ``group`` are when no tensor tells."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    # Not equal: groups of a run have a backend for each kind of device, and torch then tells "cpu:gloo,cuda:nccl".
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")

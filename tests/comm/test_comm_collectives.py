@@ -354,3 +354,12 @@ def test_messages_to_lower_ranks_have_them_too(rank):
     lower, higher = list(range(rank)), list(range(rank + 1, 3))
     assert (line.group.sent, line.group.received) == (higher, lower)
     assert (line._back.sent, line._back.received) == (lower, higher)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("gloo", "cpu"), ("nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cuda"), ("cpu:gloo", "cpu")]
+)
+def test_a_rank_with_nothing_to_send_takes_part_where_the_others_do(monkeypatch, backend, kind):
+    """Else it would wait for messages of gloo's, and the others for its part of a collective of nccl's."""
+    monkeypatch.setattr(dist, "get_backend", lambda group: dist.Backend(backend))
+    assert comm._device(None).type == kind
