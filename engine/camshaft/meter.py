@@ -111,6 +111,8 @@ class Meter:
         shape = world.mesh.shape
         sizes = None if data.token_bytes is None else torch.as_tensor(data.token_bytes)
         total, weight, size = torch.zeros((), dtype=torch.float64, device=world.device), 0, 0
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # the steps before are the training's time
         paused = time.perf_counter()
         state.model.eval()
         with torch.no_grad():
