@@ -22,12 +22,15 @@ _log = logging.getLogger(__name__)
 
 
 class Watcher:
-    """Tells graphs of the warm-up from those that come later: training and evaluation warm up on their own."""
+    """Tells graphs of the warm-up from those that come later: training and evaluation warm up on their own, and so does
+    training anew where microbatches that did not fit are halved from here on.
+    """
 
     def __init__(self, state: State, name: str, blocks: Blocks, *, strict: bool) -> None:
         self._state, self._name, self._blocks, self._strict = state, name, blocks, strict
         self._counting = Counting()
-        self._warm: set[str] = set()
+        self._warm: set[tuple[str, int]] = set()
+        """Training or evaluation, and microbatches of a window."""
         self._told: set[str] = set()
 
     def around(self, call: Forward) -> Forward:
@@ -43,26 +46,27 @@ class Watcher:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             made = call(batch)
             if not torch.is_grad_enabled():
-                self._look("evaluation")
+                self._look("evaluation", 0)
             return made
 
         return forward
 
     def end_window(self) -> None:
         """Count what the window compiled."""
-        self._look("training")
+        assert self._state.window is not None
+        self._look("training", len(self._state.window.batches))
 
-    def _look(self, part: str) -> None:
-        events, extras = self._counting.take(), self._state.extras
+    def _look(self, part: str, microbatches: int) -> None:
+        events, extras, way = self._counting.take(), self._state.extras, (part, microbatches)
         for key, found in (("graph_breaks", events.breaks), ("recompiles", events.recompiles)):
             name = f"plugin/{self._name}/{key}"
-            extras[name] = extras.get(name, 0) + (len(found) if part in self._warm or key == "graph_breaks" else 0)
+            extras[name] = extras.get(name, 0) + (len(found) if way in self._warm or key == "graph_breaks" else 0)
         if not self._blocks.compiled:
             return
-        if part in self._warm:
+        if way in self._warm:
             self._complain(part, events)
         elif part == "training" or events:
-            self._warm.add(part)
+            self._warm.add(way)
             self._tell(part, events)
 
     def _tell(self, part: str, events: Events) -> None:

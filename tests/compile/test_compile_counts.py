@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from compile_cases import MODEL, TRACED, Seen, recipe, records_of, run
+from compile_cases import EXACT, MODEL, TRACED, Seen, assert_within, compare, recipe, records_of, run
 from torch import nn
 
 from camshaft.errors import CamshaftError
@@ -139,6 +139,30 @@ def test_strict_ends_the_run(make_recipe):
     with pytest.raises(RankFailed, match=r"recompiled after warm-up, at step 3.*eps"):
         run(recipe(make_recipe, 1, TRACED), 1, {"z": Disturbing()})
     assert issubclass(CamshaftError, Exception)
+
+
+class Narrow(Plugin):
+    """No room for more than one row from the third window on."""
+
+    draws = False
+
+    @hookimpl
+    def pre_forward(self, state, batch):
+        if state.step >= 2 and len(batch.tokens) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 2 rows")
+
+
+def test_halves_of_microbatches_are_compiled_once_and_are_no_fault(make_recipe, tmp_path):
+    wanted = run(recipe(make_recipe, 1, None))
+    halves = {"micro_batch_size": 2, "global_batch_size": 8, "on_out_of_memory": "halve"}
+    observers = {"narrow": Narrow(), "seen": Seen(tmp_path / "seen"), "told": Told(tmp_path / "told")}
+    found = run(recipe(make_recipe, 1, TRACED, batch=halves), 1, observers)
+    assert_within(compare(found, wanted), EXACT)
+    records = records_of(tmp_path / "seen")
+    assert [record["plugin/compile/recompiles"] for record in records] == [0] * 4
+    assert [record.get("memory/halvings", 0) for record in records] == [0, 0, 1, 1]
+    lines = (tmp_path / "told").read_text().splitlines()
+    assert len(lines) == 2 and all("training: compiled 1 graph(s)" in line for line in lines)
 
 
 class Broken(nn.Module):
