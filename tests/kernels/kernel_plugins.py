@@ -11,11 +11,22 @@ CALLS: list[str] = []
 
 
 class Kernels(camshaft.Plugin):
-    """Offers a SwiGLU, one that this world lacks what it needs for, and an operation that Camshaft has no name for."""
+    """Offers a SwiGLU, one that this world lacks what it needs for, an operation that Camshaft has no name for, a norm
+    that knows nothing of residuals, and offers that bring something else than what they are of.
+    """
 
     @camshaft.hookimpl
     def plan(self) -> camshaft.Plan:
-        return camshaft.Plan(provides=("kernel:swiglu/mine", "kernel:swiglu/absent", "kernel:twice/mine"))
+        offers = (
+            "swiglu/mine",
+            "swiglu/absent",
+            "swiglu/wrong",
+            "twice/mine",
+            "twice/bare",
+            "rms_norm/mine",
+            "rope/none",
+        )
+        return camshaft.Plan(provides=tuple(f"kernel:{each}" for each in offers))
 
     @camshaft.hookimpl
     def kernels(self, world: Any) -> Any:
@@ -23,7 +34,11 @@ class Kernels(camshaft.Plugin):
 
         yield Kernel("swiglu", "mine", lambda: {"swiglu": _swiglu})
         yield Kernel("swiglu", "absent", lambda: {"swiglu": _swiglu}, lambda world: "its card is not plugged in")
+        yield Kernel("swiglu", "wrong", lambda: {"swiglu": _swiglu, "rope": _swiglu})
         yield Kernel("twice", "mine", lambda: {"others.twice": _twice})
+        yield Kernel("twice", "bare", lambda: {"twice": _twice})
+        yield Kernel("rms_norm", "mine", lambda: {"rms_norm": _rms_norm})
+        yield Kernel("rope", "none", dict)
 
 
 def _swiglu(gate: Any, up: Any) -> Any:
@@ -31,6 +46,13 @@ def _swiglu(gate: Any, up: Any) -> Any:
 
     CALLS.append("swiglu")
     return F.silu(gate) * up
+
+
+def _rms_norm(hidden: Any, weight: Any, eps: Any) -> Any:
+    from camshaft import ops
+
+    CALLS.append("rms_norm")
+    return ops.rms_norm(hidden, weight, eps)
 
 
 def _twice(hidden: Any) -> Any:

@@ -10,7 +10,7 @@ import kernel_plugins
 import pytest
 
 from camshaft import host
-from camshaft.errors import RecipeError
+from camshaft.errors import PluginError, RecipeError
 from camshaft.ops import Ops, swiglu
 from camshaft.recipe import check, load
 from camshaft.testing.compare import assert_bit_equal
@@ -226,6 +226,27 @@ def test_another_plugins_provider_and_operation(recipe, strangers, tmp_path):
     assert_bit_equal(record_rank(0, 1, resolved), plain)
     assert kernel_plugins.CALLS.count("swiglu") == 2 * 2 * 3, "steps x microbatches x layers"
     assert kernel_plugins.CALLS.count("twice") == 2 * 2
+
+
+def test_another_plugins_norm_without_the_form_for_residuals_is_every_norm(recipe, strangers, tmp_path):
+    plain = record_rank(0, 1, recipe({"rope": "auto"}))
+    resolved = recipe({"rms_norm": "mine"}, {"theirs": {}}, run={"dir": str(tmp_path / "second")})
+    assert_bit_equal(record_rank(0, 1, resolved), plain)
+    assert kernel_plugins.CALLS.count("rms_norm") == 2 * 2 * (2 * 3 + 1), "steps x microbatches x norms"
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"swiglu": "wrong"}, "'wrong' of swiglu brings swiglu, rope, and has to bring 'swiglu' alone"),
+        ({"rope": "none"}, "'none' of rope brings nothing, and has to bring 'rope' alone"),
+        ({"others": {"twice": "bare"}}, "'bare' of twice brings twice, and has to bring 'others.twice' alone"),
+    ],
+    ids=["more", "nothing", "another name"],
+)
+def test_an_offer_that_brings_something_else_is_refused(recipe, strangers, wish, message):
+    with pytest.raises(PluginError, match=message):
+        record_rank(0, 1, recipe(wish, {"theirs": {}}))
 
 
 def test_another_plugins_provider_has_to_be_enabled(recipe, strangers):

@@ -82,11 +82,12 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
 
 
 def chunk_buffer(tokens: int, weight: Tensor) -> Tensor:
-    """[tokens, vocabulary] for logits, each row at a multiple of 32 bytes: products and wide loads want that of 16, and
-    Triton looks for multiples of 16 elements. A vocabulary of 50,257 has it of 2.
+    """[tokens, vocabulary] for logits, with rows at multiples of ``ALIGNED`` elements: products and wide loads want
+    that, and a vocabulary of 50,257 has none. Graphs of torch.compile take no ``out`` with gaps, and do without.
     """
-    words = ceil_div(weight.shape[0], ALIGNED) * ALIGNED
-    return torch.empty(tokens, words, dtype=weight.dtype, device=weight.device)[:, : weight.shape[0]]
+    vocabulary = weight.shape[0]
+    words = vocabulary if torch.compiler.is_compiling() else ceil_div(vocabulary, ALIGNED) * ALIGNED
+    return torch.empty(tokens, words, dtype=weight.dtype, device=weight.device)[:, :vocabulary]
 
 
 def losses_and_gradients(

@@ -20,7 +20,19 @@ from torch.autograd.function import once_differentiable
 
 from camshaft.ops import IGNORED
 from camshaft_kernels.devices import on_device_of
-from camshaft_kernels.triton.launch import VECTOR, ceil_div, check, computed, jit, narrow, power_of_two, rows, warps, wide
+from camshaft_kernels.triton.launch import (
+    VECTOR,
+    ceil_div,
+    check,
+    computed,
+    exponential,
+    jit,
+    narrow,
+    power_of_two,
+    rows,
+    warps,
+    wide,
+)
 
 ELEMENTS = 4096
 """Elements of a row that a program of the gradient alone takes."""
@@ -45,7 +57,7 @@ def grow(
     value = wide(tl.load(start + column, mask=there, other=other, eviction_policy="evict_last" if KEPT else ""))
     grown = tl.maximum(largest, tl.max(value, 1))
     pivot = tl.where(grown == float("-inf"), 0.0, grown)  # all masked so far: -inf less itself is nan
-    return grown, total * tl.exp(largest - pivot) + tl.sum(tl.exp(value - pivot[:, None]), 1)
+    return grown, total * exponential(largest - pivot) + tl.sum(exponential(value - pivot[:, None]), 1)
 
 
 @jit
@@ -62,7 +74,7 @@ def normalise(
     if TAIL:
         largest, total = grow(start, FULL * BLOCK + place, columns, largest, total, True, KEPT)
     peak = tl.max(largest, 0)
-    return peak, tl.sum(total * tl.exp(largest - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+    return peak, tl.sum(total * exponential(largest - tl.where(peak == float("-inf"), 0.0, peak)), 0)
 
 
 @jit
@@ -74,7 +86,7 @@ def turn_into_gradient(
     there = column < columns if MASKED else None
     other = float("-inf") if MASKED else None
     value = wide(tl.load(start + column, mask=there, other=other, eviction_policy="evict_first"))
-    found = tl.exp(value - peak) * share - tl.where(column == label, gain, 0.0)
+    found = exponential(value - peak) * share - tl.where(column == label, gain, 0.0)
     tl.store(start + column, narrow(found, start.dtype.element_ty), mask=there, eviction_policy="evict_first")
 
 
@@ -139,7 +151,7 @@ def gradient_kernel(
     there = column < columns
     read = column < tl.where(label == UNCOUNTED, 0, columns)
     value = wide(tl.load(logits + row * stride + column, mask=read, other=float("-inf")))
-    found = tl.exp(value - tl.load(peaks + row)) / tl.load(totals + row) - tl.where(column == label, 1.0, 0.0)
+    found = exponential(value - tl.load(peaks + row)) / tl.load(totals + row) - tl.where(column == label, 1.0, 0.0)
     found = found * wide(tl.load(upstream))
     tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
 

@@ -20,8 +20,19 @@ from camshaft_kernels.triton.launch import ceil_div, check, computed, jit, narro
 ELEMENTS = 4096
 """Elements of a tile: enough loads in flight for the memory's latency, few enough to stay in registers."""
 
-PROGRAMS = 2
-"""Programs of the backward for each multiprocessor, whose registers hold so many: one loads while the other sums."""
+TILE_BYTES = 8192
+"""Bytes of the input's tile in the backward."""
+
+THREAD_BYTES = 32
+"""Of which so many belong to each thread: two loads, and those of the next tile."""
+
+WARPS = 16
+"""Warps of the backward on each multiprocessor, whose registers hold so many with 128 a thread: more programs would
+wait for the first ones and add rows of partial sums.
+"""
+
+PARTIAL_TILE = (128, 32)
+"""Rows and columns of partial sums that a program adds at a time; small, so that there are programs for a whole GPU."""
 
 
 @jit
@@ -55,36 +66,63 @@ def backward_kernel(
     value: tl.tensor, value_stride: tl.tensor,
     weight: tl.tensor, scales: tl.tensor, gradient: tl.tensor, partial: tl.tensor,
     count: tl.tensor, columns: tl.tensor, tiles: tl.tensor,
-    EXTRA: tl.constexpr, PARTIAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr, PARTIAL: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """``tiles`` tiles, one after another: the input's gradient (plus ``extra``), and this program's sum for the weight.
 
     With x' = x / rms and g = gradient * weight: dx = (g - x' * mean(g * x')) / rms, and dw is the sum over rows
-    of gradient * x'.
+    of gradient * x'. ``AHEAD``: the next tile is loaded while this one is summed.
     """
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < columns
     gain = wide(tl.load(weight + column, mask=inside, other=0.0))
-    first = tl.program_id(0).to(tl.int64) * tiles * ROWS
+    row = tl.program_id(0).to(tl.int64) * tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    end = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * tiles * ROWS, count)
     total = tl.zeros((ROWS, BLOCK), dtype=partial.dtype.element_ty)
+    values = tl.load(value + row * value_stride + column, mask=(row < end) & inside, other=0.0)
+    upstreams = tl.load(upstream + row * upstream_stride + column, mask=(row < end) & inside, other=0.0)
     turn = 0
     while turn < tiles:  # not range: the interpreter of triton 3.6 has none of a number that comes at run time
-        row = first + turn * ROWS + tl.arange(0, ROWS)[:, None]
-        there = (row < count) & inside
-        scale = tl.load(scales + row, mask=row < count, other=0.0)
-        unit = wide(tl.load(value + row * value_stride + column, mask=there, other=0.0)) * scale
-        into = wide(tl.load(upstream + row * upstream_stride + column, mask=there, other=0.0))
+        there = (row < end) & inside
+        scale = tl.load(scales + row, mask=row < end, other=0.0)
+        unit, into = wide(values) * scale, wide(upstreams)
+        if EXTRA:
+            more = tl.load(extra + row * extra_stride + column, mask=there, other=0.0)
+        later = row + ROWS
+        if AHEAD:
+            values = tl.load(value + later * value_stride + column, mask=(later < end) & inside, other=0.0)
+            upstreams = tl.load(upstream + later * upstream_stride + column, mask=(later < end) & inside, other=0.0)
         if PARTIAL:
             total += into * unit
         into = into * gain
         found = (into - unit * (tl.sum(into * unit, 1)[:, None] / columns)) * scale
         if EXTRA:
-            found += wide(tl.load(extra + row * extra_stride + column, mask=there, other=0.0))
+            found += wide(more)
         tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
+        if not AHEAD:
+            values = tl.load(value + later * value_stride + column, mask=(later < end) & inside, other=0.0)
+            upstreams = tl.load(upstream + later * upstream_stride + column, mask=(later < end) & inside, other=0.0)
+        row = later
         turn += 1
     if PARTIAL:
         place = partial + tl.program_id(0) * columns + column
         tl.store(place, tl.sum(total, 0)[None, :], mask=inside)
+
+
+@jit
+def weight_kernel(
+    partial: tl.tensor, made: tl.tensor, programs: tl.tensor, columns: tl.tensor,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """The weight's gradient: a block of columns of the programs' partial sums, added up and rounded once."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros((ROWS, BLOCK), dtype=partial.dtype.element_ty)
+    while tl.min(tl.min(row, 0), 0) < programs:
+        there = (row < programs) & (column < columns)
+        total += tl.load(partial + row * columns + column, mask=there, other=0.0)
+        row += ROWS
+    tl.store(made + column, narrow(tl.sum(total, 0)[None, :], made.dtype.element_ty), mask=column < columns)
 
 
 def _forward(
@@ -121,18 +159,32 @@ def _backward(
     upstream = rows(upstream)
     other = upstream if extra is None else rows(extra)
     gradient = torch.empty_like(value, memory_format=torch.contiguous_format)
-    tall, block = tile(count, columns, ELEMENTS)
-    tiles = ceil_div(ceil_div(count, tall), PROGRAMS * processors(value.device))
+    tall, block, of_program, ahead = backward_launch(count, columns, max(upstream.element_size(), value.element_size()))
+    tiles = ceil_div(ceil_div(count, tall), ceil_div(WARPS, of_program) * processors(value.device))
     programs = ceil_div(ceil_div(count, tall), tiles) if tiles else 0
     partial = torch.empty((programs, columns) if weighted else (1, 1), dtype=scales.dtype, device=value.device)
+    made = torch.empty_like(weight, memory_format=torch.contiguous_format) if weighted else None
     if programs and columns:
         with on_device_of(value):
             backward_kernel[(programs,)](
                 upstream, upstream.stride(0), other, other.stride(0), value, value.stride(0), weight.contiguous(),
                 scales, gradient, partial, count, columns, tiles,
-                EXTRA=extra is not None, PARTIAL=weighted, ROWS=tall, BLOCK=block, num_warps=warps(2 * tall * block),
+                EXTRA=extra is not None, PARTIAL=weighted, AHEAD=ahead, ROWS=tall, BLOCK=block, num_warps=of_program,
             )  # fmt: skip
-    return gradient, partial.sum(0).to(weight.dtype) if weighted else None
+            if made is not None:
+                weight_kernel[(ceil_div(columns, PARTIAL_TILE[1]),)](
+                    partial, made, programs, columns, ROWS=PARTIAL_TILE[0], BLOCK=PARTIAL_TILE[1], num_warps=4
+                )
+    elif made is not None:
+        made.zero_()
+    return gradient, made
+
+
+def backward_launch(count: int, columns: int, itemsize: int) -> tuple[int, int, int, bool]:
+    """(Rows, columns, warps of the backward's tile, whether registers hold the next tile too)."""
+    tall, block = tile(count, columns, TILE_BYTES // itemsize)
+    wanted = max(tall * block * itemsize // THREAD_BYTES // 32, 1)
+    return tall, block, min(wanted, WARPS), wanted <= WARPS
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -23,21 +23,21 @@ ELEMENTS = 4096
 
 @jit
 def turn_heads(
-    source: tl.tensor, source_head: tl.tensor, target: tl.tensor, half: tl.tensor,
+    source: tl.tensor, source_head: tl.tensor, target: tl.tensor,
     cos1: tl.tensor, cos2: tl.tensor, sin1: tl.tensor, sin2: tl.tensor,
-    COUNT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """All ``COUNT`` heads of one token, ``HEADS`` at a time."""
     column = tl.arange(0, BLOCK)[None, :]
     for start in range(0, COUNT, HEADS):
         head = (start + tl.arange(0, HEADS)[:, None]).to(tl.int64)
-        there = (head < COUNT) & (column < half)
+        there = (head < COUNT) & (column < HALF)
         first = source + head * source_head + column
         x1 = wide(tl.load(first, mask=there, other=0.0))
-        x2 = wide(tl.load(first + half, mask=there, other=0.0))
-        place = target + head * half * 2 + column
+        x2 = wide(tl.load(first + HALF, mask=there, other=0.0))
+        place = target + head * (HALF * 2) + column
         tl.store(place, narrow(x1 * cos1 + x2 * sin1, target.dtype.element_ty), mask=there)
-        tl.store(place + half, narrow(x2 * cos2 + x1 * sin2, target.dtype.element_ty), mask=there)
+        tl.store(place + HALF, narrow(x2 * cos2 + x1 * sin2, target.dtype.element_ty), mask=there)
 
 
 @jit
@@ -46,31 +46,33 @@ def rope_kernel(
     k: tl.tensor, k_batch: tl.tensor, k_token: tl.tensor, k_head: tl.tensor, turned_k: tl.tensor,
     cos: tl.tensor, cos_batch: tl.tensor, cos_token: tl.tensor,
     sin: tl.tensor, sin_batch: tl.tensor, sin_token: tl.tensor,
-    tokens: tl.tensor, half: tl.tensor,
+    tokens: tl.tensor,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token: (x1, x2) to (x1 cos1 + x2 sin1, x2 cos2 + x1 sin2). ``TRANSPOSED`` exchanges the sines."""
+    """One token: (x1, x2) to (x1 cos1 + x2 sin1, x2 cos2 + x1 sin2). ``TRANSPOSED`` exchanges the sines.
+
+    ``HALF`` is compiled in: of a number that it does not know Triton sees whether it is a multiple of 16, and heads of
+    80 are loaded in 16 bytes all the same.
+    """
     place = tl.program_id(0).to(tl.int64)
     row, token = place // tokens, place % tokens
     column = tl.arange(0, BLOCK)[None, :]
-    inside = column < half
+    inside = column < HALF
     cosines = cos + row * cos_batch + token * cos_token + column
     sines = sin + row * sin_batch + token * sin_token + column
     cos1 = wide(tl.load(cosines, mask=inside, other=0.0))
-    cos2 = wide(tl.load(cosines + half, mask=inside, other=0.0))
+    cos2 = wide(tl.load(cosines + HALF, mask=inside, other=0.0))
     if TRANSPOSED:
-        sin1 = wide(tl.load(sines + half, mask=inside, other=0.0))
+        sin1 = wide(tl.load(sines + HALF, mask=inside, other=0.0))
         sin2 = wide(tl.load(sines, mask=inside, other=0.0))
     else:
         sin1 = wide(tl.load(sines, mask=inside, other=0.0))
-        sin2 = wide(tl.load(sines + half, mask=inside, other=0.0))
-    from_q = q + row * q_batch + token * q_token
-    turn_heads(
-        from_q, q_head, turned_q + place * QUERIES * half * 2, half, cos1, cos2, sin1, sin2, QUERIES, Q_HEADS, BLOCK
-    )
-    from_k = k + row * k_batch + token * k_token
-    turn_heads(from_k, k_head, turned_k + place * KEYS * half * 2, half, cos1, cos2, sin1, sin2, KEYS, K_HEADS, BLOCK)
+        sin2 = wide(tl.load(sines + HALF, mask=inside, other=0.0))
+    from_q, to_q = q + row * q_batch + token * q_token, turned_q + place * (QUERIES * HALF * 2)
+    turn_heads(from_q, q_head, to_q, cos1, cos2, sin1, sin2, QUERIES, Q_HEADS, HALF, BLOCK)
+    from_k, to_k = k + row * k_batch + token * k_token, turned_k + place * (KEYS * HALF * 2)
+    turn_heads(from_k, k_head, to_k, cos1, cos2, sin1, sin2, KEYS, K_HEADS, HALF, BLOCK)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -101,9 +103,9 @@ def _turn(
     with on_device_of(q):
         rope_kernel[(batch * tokens,)](
             q, q.stride(0), q.stride(1), q.stride(2), turned_q, k, k.stride(0), k.stride(1), k.stride(2), turned_k,
-            cos, cos.stride(0), cos.stride(1), sin, sin.stride(0), sin.stride(1), tokens, half,
-            QUERIES=queries, KEYS=k.shape[2], Q_HEADS=at_once[0], K_HEADS=at_once[1], BLOCK=block,
-            TRANSPOSED=transposed, num_warps=warps(2 * at_once[0] * block),
+            cos, cos.stride(0), cos.stride(1), sin, sin.stride(0), sin.stride(1), tokens,
+            QUERIES=queries, KEYS=k.shape[2], Q_HEADS=at_once[0], K_HEADS=at_once[1], HALF=half,
+            BLOCK=block, TRANSPOSED=transposed, num_warps=warps(2 * at_once[0] * block),
         )  # fmt: skip
     return turned_q, turned_k
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camshaft_kernels.devices import on_device_of
-from camshaft_kernels.triton.launch import ceil_div, check, jit, narrow, power_of_two, rows, warps, wide
+from camshaft_kernels.triton.launch import ceil_div, check, exponential, jit, narrow, power_of_two, rows, warps, wide
 
 ELEMENTS = 2048
 """Elements of a program: two loads of 16 bytes for each thread and input."""
@@ -30,7 +30,7 @@ def forward_kernel(
     there = column < columns
     g = wide(tl.load(gate + row * gate_stride + column, mask=there, other=0.0))
     u = wide(tl.load(up + row * up_stride + column, mask=there, other=0.0))
-    made = g / (1.0 + tl.exp(-g)) * u
+    made = g / (1.0 + exponential(-g)) * u
     tl.store(out + row * columns + column, narrow(made, out.dtype.element_ty), mask=there)
 
 
@@ -47,7 +47,7 @@ def backward_kernel(
     into = wide(tl.load(upstream + row * upstream_stride + column, mask=there, other=0.0))
     g = wide(tl.load(gate + row * gate_stride + column, mask=there, other=0.0))
     u = wide(tl.load(up + row * up_stride + column, mask=there, other=0.0))
-    s = 1.0 / (1.0 + tl.exp(-g))
+    s = 1.0 / (1.0 + exponential(-g))
     place = row * columns + column
     tl.store(into_up + place, narrow(into * (g * s), into_up.dtype.element_ty), mask=there)
     tl.store(into_gate + place, narrow(into * u * (s * (1.0 + g * (1.0 - s))), into_gate.dtype.element_ty), mask=there)
