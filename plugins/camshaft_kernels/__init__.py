@@ -135,6 +135,7 @@ class Plugin(camshaft.Plugin):
         """Choose, replace and tell."""
         from camshaft_kernels.checks import Checks
         from camshaft_kernels.choice import choose, offered
+        from camshaft_kernels.entries import entries_of
         from camshaft_kernels.usage import Usage
 
         wishes, names = self.options.wishes(), tuple(world.recipe.plugins)
@@ -145,7 +146,7 @@ class Plugin(camshaft.Plugin):
         for choice in self._choices:
             if choice.changes:
                 kernel = kernels[choice.op][choice.provider]
-                world.ops.replace(self._usage.watch(choice.op, kernel.entries()))
+                world.ops.replace(self._usage.watch(choice.op, entries_of(kernel)))
         if world.is_main:
             self._tell(world)
 
