@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from camshaft.testing import reports
-from camshaft.testing.ranks import run_ranks
+from camshaft.testing.ranks import RankFailed, run_ranks
 
 WHOLE = torch.arange(12.0).view(3, 4)
 PLAIN = {
@@ -57,3 +57,21 @@ def test_one_tensor_in_two_places_is_one() -> None:
 
 def test_a_small_report_of_a_large_tensor_is_small() -> None:
     assert len(reports.dumps(torch.zeros(1 << 20)[:4])) < 1000
+
+
+def test_what_ranks_say_alike_is_one_object_and_what_differs_is_not() -> None:
+    def report(rank: int, size: int) -> dict[str, Tensor]:
+        return {"value": torch.full((1 << 16,), float(rank == 1))}
+
+    first, second, third = run_ranks(3, report, timeout_s=60)
+    assert first is third and first is not second
+    assert (float(first["value"].sum()), float(second["value"].sum())) == (0.0, float(1 << 16))
+
+
+def test_a_fault_is_told_of_every_rank_that_has_it() -> None:
+    def fails(rank: int, size: int) -> None:
+        raise ValueError("on purpose")
+
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(2, fails, timeout_s=60)
+    assert "rank 0: Traceback" in str(caught.value) and "rank 1: Traceback" in str(caught.value)

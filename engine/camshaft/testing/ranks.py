@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -36,9 +37,9 @@ class RankFailed(AssertionError):
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0) -> list[Any]:
     """Run ``function(rank, world_size, *arguments)`` on forked ranks of one gloo group; return the results by rank.
 
-    With one rank no process group is made. Results travel pickled. The caller's threads do not exist in the ranks, and
-    the caller must not have a process group of its own. Of a busy machine, what a rank waits for a processor does not
-    count as time that it took.
+    With one rank no process group is made. Results travel pickled; what several ranks report alike is one object here.
+    The caller's threads do not exist in the ranks, and the caller must not have a process group of its own. Of a busy
+    machine, what a rank waits for a processor does not count as time that it took.
 
     Raises:
         RankFailed: a rank raised, died or ran longer than ``timeout_s``.
@@ -49,12 +50,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            given = (rank, world_size, folder, timeout_s, sender, function, arguments)
+            here, there = context.Pipe()
+            given = (rank, world_size, folder, timeout_s, there, function, arguments)
             process = context.Process(target=_rank, args=given)
             process.start()
-            sender.close()
-            pipes.append(receiver)
+            there.close()
+            pipes.append(here)
             processes.append(process)
         try:
             return _collect(pipes, Clock([process.pid or 0 for process in processes]), timeout_s)
@@ -96,6 +97,7 @@ def waited_s(pid: int) -> float:
 def _collect(pipes: list[Connection], clock: Clock, limit: float) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
     faults: list[str] = []
+    known: dict[bytes, tuple[bool, Any]] = {}
     waiting = dict(enumerate(pipes))
     while waiting:
         left = limit - clock.seconds()
@@ -105,7 +107,7 @@ def _collect(pipes: list[Connection], clock: Clock, limit: float) -> list[Any]:
             break
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
-                fine, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301  made by our own child
+                fine, value = _receive(waiting.pop(rank), known)
             except (EOFError, OSError):  # the second: in the middle of a report
                 fine, value = False, "died without a report"
             if fine:
@@ -118,12 +120,28 @@ def _collect(pipes: list[Connection], clock: Clock, limit: float) -> list[Any]:
     return results
 
 
+def _receive(pipe: Connection, known: dict[bytes, tuple[bool, Any]]) -> tuple[bool, Any]:
+    """A rank's report; one that another has made in the same words is neither sent nor read again."""
+    digest = pipe.recv_bytes()
+    pipe.send(digest not in known)
+    if digest not in known:
+        known[digest] = pickle.loads(pipe.recv_bytes())  # noqa: S301  made by our own child
+    return known[digest]
+
+
+def _report(pipe: Connection, report: bytes) -> None:
+    pipe.send_bytes(hashlib.sha256(report).digest())
+    if pipe.recv():
+        pipe.send_bytes(report)
+    pipe.close()
+
+
 def _rank(
     rank: int,
     world_size: int,
     folder: str,
     timeout_s: float,
-    sender: Connection,
+    pipe: Connection,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -150,7 +168,6 @@ def _rank(
     except BaseException:
         status = 1
         report = pickle.dumps((False, traceback.format_exc()))
-    sender.send_bytes(report)
-    sender.close()
+    _report(pipe, report)
     # Not sys.exit: the fork has inherited pytest's and torch's exit handlers, which belong to the parent.
     os._exit(status)

@@ -193,6 +193,6 @@ def distance(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
     wide_one, wide_other = one.double(), other.double()
-    scale = float(wide_other.norm())
-    gap = float((wide_one - wide_other).norm())
+    scale = float(torch.linalg.vector_norm(wide_other))
+    gap = float(torch.linalg.vector_norm(wide_one - wide_other))
     return gap / scale if scale else gap
