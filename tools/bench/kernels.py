@@ -8,6 +8,7 @@ this GPU copies. Needs a CUDA GPU; without one it says so.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -178,6 +179,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """What a run allocates above what was there."""
     if device.type != "cuda":
         return 0
+    gc.collect()  # compiling leaves cycles behind that hold tensors of its last run
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
