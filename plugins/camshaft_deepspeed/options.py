@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -72,6 +73,12 @@ STAGES = {
 
 def problems(options: Options, context: PlanContext, key: str) -> Iterator[Problem]:
     """Everything that DeepSpeed cannot do, or that would do nothing; ``key`` is the plugin's in the recipe."""
+    if context.device != "any" and not _installed():
+        yield Problem(
+            "DeepSpeed is not installed",
+            key=key,
+            fix=f"install deepspeed, or take plugins.zero (or plugins.ddp for stage 0) in place of {key}",
+        )
     yield from _options(options, key)
     yield from _mesh(context)
     precision = context.recipe.plugins.get("precision")
@@ -87,6 +94,14 @@ def problems(options: Options, context: PlanContext, key: str) -> Iterator[Probl
             key=key,
             fix=f"remove {key}, or set parallel.data_parallel=auto",
         )
+
+
+def _installed() -> bool:
+    try:
+        version("deepspeed")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _ignored(options: Options, key: str) -> Iterator[Problem]:

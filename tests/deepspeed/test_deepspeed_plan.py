@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from camshaft.state import BatchPlan, Policy
 from camshaft.testing.ranks import RankFailed
 from camshaft.testing.run import record_rank, record_ranks
 from camshaft_deepspeed import Options
+from camshaft_deepspeed import options as options_module
 from camshaft_deepspeed.bytes import estimate
 from camshaft_deepspeed.config import deepspeed_config, effective, write
 
@@ -30,6 +32,19 @@ def problems(resolved, world_size=2):
 def test_is_legal_with_the_plugins_of_other_rows(make_recipe, stage):
     chosen = {**plugins(stage), "checkpoint": {"every_steps": 2}, "jsonl": {}, "console": {}}
     assert problems(make_recipe(chosen, 2)) == ()
+
+
+@pytest.mark.parametrize(("device", "count"), [("cpu", 1), ("cuda", 1), ("any", 0)])
+def test_where_it_is_not_installed(make_recipe, monkeypatch, device, count):
+    """On this machine, that is: another one may well have it."""
+
+    def absent(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(options_module, "version", absent)
+    found = check(make_recipe(plugins(2), 2), 2, device=device).problems
+    assert [problem.message for problem in found] == ["DeepSpeed is not installed"] * count
+    assert all(problem.key == "plugins.deepspeed" and "plugins.zero" in problem.fix for problem in found)
 
 
 @pytest.mark.parametrize(
