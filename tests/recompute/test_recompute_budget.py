@@ -68,6 +68,9 @@ def test_everything_fits_a_large_budget_and_nothing_a_budget_of_none():
     assert best(modules, [HUGE] * 3, 36) == [frozenset({0, 1})] * 3
     assert best(modules, wholes, 0) == best(modules, wholes, -10) == [frozenset()] * 3
     assert best(modules, wholes, 16) == [frozenset({0})] * 3, "densest first, whatever the module"
+    assert best([[Cost(10, 1.0), Cost(5, 0.9), Cost(5, 0.8)]], [HUGE], 10) == [frozenset({1, 2})], (
+        "not the longest first"
+    )
     cheaper = [Cost(9, 1.6)] * 3
     assert best(modules, cheaper, 27) == [None] * 3 and best(modules, cheaper, 14).count(None) == 1
 

@@ -81,6 +81,33 @@ def test_small_tensors_parameters_and_shared_inputs_stay():
     assert sent == [32 * 64 * 4] * 2, "the input, and the last result: each once"
 
 
+def test_a_small_part_of_a_large_memory_stays():
+    """Sent, all of the memory would wait on the host, and none of it would be free."""
+    sent = []
+
+    class Layer(nn.Module):
+        def forward(self, hidden, part):
+            return (table[:part] * hidden).sum()
+
+    table = torch.randn(64)
+    layer = Layer()
+    made = offloaded(layer)
+    away = made._line.lane.away
+    made._line.lane.away = lambda flat: (sent.append(flat.numel()), away(flat))[1]
+    for part, wanted in ((31, []), (32, [64 * 4])):
+        sent.clear()
+        layer(torch.randn(1, requires_grad=True) * 1.0, part).backward()
+        assert [size for size in sent if size > 4] == wanted
+
+
+def test_modules_of_another_microbatch_or_stage_are_not_sent_for():
+    """Their backward comes at another time, and what came back would fill the device until then."""
+    places = iter([(0, 0), (0, 0), (0, 1), (1, 1), (1, 1)])
+    line = Line(CPU, lambda: next(places))
+    loads = [line.next(str(number)) for number in range(5)]
+    assert [each._before for each in loads] == [None, loads[0], None, None, loads[3]]
+
+
 def test_strides_and_offsets_come_back():
     class Slices(nn.Module):
         def forward(self, hidden):

@@ -189,3 +189,25 @@ def test_a_forward_that_is_given_up_is_not_counted():
         net(torch.randn(rows, 4, requires_grad=True)).sum().backward()
     assert [each.inputs for each in tally.calls] == [48]
     assert tally.saved_bytes == 2 * 48 - 48, "both results, and the input, which autograd would not have held"
+
+
+def test_inputs_go_as_soon_as_the_module_has_run_again():
+    """The rest of its backward needs them no more."""
+    gone = []
+
+    class Layer(nn.Module):
+        def forward(self, hidden):
+            made = torch.sigmoid(hidden + 1.0)
+            made.register_hook(lambda gradient: gone.append(memory.expired()))
+            return made.tanh()
+
+    layer = Layer()
+    region(layer)
+    leaf = torch.randn(4, 5, requires_grad=True)
+    hidden = leaf * 1.0
+    memory = StorageWeakRef(hidden.untyped_storage())
+    made = layer(hidden)
+    del hidden
+    assert not memory.expired()
+    made.sum().backward()
+    assert gone == [True]
