@@ -6,8 +6,6 @@ import argparse
 import errno
 import os
 import platform
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +16,16 @@ from camshaft.cli import inventory
 from camshaft.cli.console import say
 from camshaft.errors import MachineError, is_out_of_memory
 from camshaft_kernels import table
-from camshaft_kernels.cases import HEAD, TIMED, Call, Case, cases
+from camshaft_kernels.cases import HEAD, TIMED, Case, cases
 from camshaft_kernels.limits import unusable
 from camshaft_kernels.offers import OFFERS, Offer
 from camshaft_kernels.sizes import UPDATES, device_of
+from camshaft_kernels.stopwatch import Stopwatch
 from camshaft_kernels.table import Row, Table
 
 DEFAULT_DTYPES = ("bf16", "fp32")
+LEAST = 5
+"""Runs of each at least."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -127,19 +128,29 @@ def _device(name: str) -> torch.device:
 
 
 def measure(device: torch.device, dtypes: tuple[str, ...], ops: frozenset[str], seconds: float) -> Table:
-    """Time every case in which there is a choice, and say each row."""
+    """Time every case in which there is a choice, and say each row: medians, and where memory is what it waits for the
+    rate by the bytes that any implementation reads and writes, beside the rate of a copy.
+    """
+    stopwatch = Stopwatch(device)
+    copied = stopwatch.copy_rate()
+    say(f"{stopwatch.cache}; copies at {copied / 1e9:.3g} GB/s")
     rows = []
     for case in cases(device, dtypes, ops):
         present = [offer for offer in OFFERS[case.op].values() if _present(offer, case, device)]
         if len(present) < 2 or (case.op in UPDATES and case.dtype != "fp32"):
             continue  # nothing to choose; and updates are of fp32 masters
-        times = {offer.provider: _time(offer, case, device, seconds) for offer in present}
+        times = {offer.provider: _time(offer, case, stopwatch, seconds) for offer in present}
         found = {name: ms for name, ms in times.items() if ms is not None}
         if len(found) > 1:
             rows.append(Row(case.op, case.dtype, case.size, case.shape, found))
-            shown = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(found.items(), key=lambda pair: pair[1]))
-            say(f"{case.op} {case.dtype} {case.shape}: {shown}")
+            shown = [_shown(name, ms, case, copied) for name, ms in sorted(found.items(), key=lambda pair: pair[1])]
+            say(f"{case.op} {case.dtype} {case.shape}: {', '.join(shown)}")
     return Table(device_of(device), machine(device), tuple(rows))
+
+
+def _shown(name: str, ms: float, case: Case, copied: float) -> str:
+    rate = case.traffic / ms * 1e3
+    return f"{name} {ms:.3g} ms" + (f" ({rate / 1e9:.3g} GB/s, {rate / copied:.2f} of a copy)" if rate else "")
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -160,37 +171,13 @@ def _present(offer: Offer, case: Case, device: torch.device) -> bool:
     return unusable(offer, device, case.dtype, HEAD) is None
 
 
-def _time(offer: Offer, case: Case, device: torch.device, seconds: float) -> float | None:
+def _time(offer: Offer, case: Case, stopwatch: Stopwatch, seconds: float) -> float | None:
     """Milliseconds; None, and a line that says why, where it fails here."""
     try:
-        return timed(case.make(offer.entries()), device, seconds)
+        sampler = stopwatch.prepare(case.make(offer.entries()))
+        return sampler.median(seconds, LEAST)
     except Exception as error:
-        if is_out_of_memory(error) and device.type == "cuda":
+        if is_out_of_memory(error) and stopwatch.device.type == "cuda":
             torch.cuda.empty_cache()
         say(f"{case.op} {case.dtype} {case.shape}: {offer.provider} failed: {str(error).partition(chr(10))[0]}")
         return None
-
-
-def timed(call: Call, device: torch.device, seconds: float, least: int = 5) -> float:
-    """Median of single runs in milliseconds, after two that are not counted, for about ``seconds``."""
-    found: list[float] = []
-    for _ in range(2):
-        _once(call, device)
-    end = time.perf_counter() + seconds
-    while len(found) < least or time.perf_counter() < end:
-        found.append(_once(call, device))
-    return statistics.median(found)
-
-
-def _once(call: Call, device: torch.device) -> float:
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize(device)
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize(device)
-    return float(first.elapsed_time(last))

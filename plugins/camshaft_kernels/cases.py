@@ -22,6 +22,8 @@ HEAD = 64
 DOCUMENTS = 8
 """Documents in a row, of uneven lengths."""
 
+UPSTREAM = 0.5
+
 SMALL = {"tokens": (1024, 4096), "width": 512, "vocabulary": 8192, "elements": 4_000_000}
 LARGE = {"tokens": (4096, 16384), "width": 4096, "vocabulary": 128_256, "elements": 200_000_000}
 """Of a CPU and of a GPU."""
@@ -36,6 +38,8 @@ class Case:
     size: int
     shape: str
     make: Callable[[Entries], Call]
+    traffic: int = 0
+    """Bytes that any implementation reads and writes, forward and backward; 0: matrix products take the time."""
 
 
 def cases(device: torch.device, dtypes: tuple[str, ...], chosen: frozenset[str]) -> Iterator[Case]:
@@ -63,12 +67,17 @@ class _Inputs:
 
 
 def _trained(call: Callable[[], Any], leaves: list[Tensor]) -> Call:
-    """``call`` and its backward, to gradients that are made anew each time."""
+    """``call`` and its backward, to gradients that are made anew each time.
+
+    What comes to the outputs is made once: it is no part of what is timed. It is not 1, which some leave out.
+    """
+    upstream: list[Tensor] = []
 
     def run() -> None:
         made = call()
         outputs = [each for each in (made if isinstance(made, tuple) else (made,)) if each.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(each) for each in outputs], allow_unused=True)
+        upstream.extend(torch.full_like(each, UPSTREAM) for each in outputs[len(upstream) :])
+        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
     return run
 
@@ -89,19 +98,23 @@ def _norm(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Case:
         function, bias = _pick(entries, "layer_norm"), inputs.leaf(width)
         return _trained(lambda: function(one, weight, bias, 1e-6), [one, weight, bias])
 
-    return Case(op, dtype, tokens * width, f"{tokens} x {width}", make)
+    passes = 8 if op == "rms_norm" else 5  # with a residual, two more tensors come in and one more goes out
+    traffic = passes * tokens * width * inputs.dtype.itemsize
+    return Case(op, dtype, tokens * width, f"{tokens} x {width}", make, traffic)
 
 
 def _rope(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Case:
     heads = grid["width"] // HEAD
+    of_keys = max(heads // 4, 1)
+    traffic = tokens * HEAD * (4 * (heads + of_keys) * inputs.dtype.itemsize + 4 * torch.float32.itemsize)
 
     def make(entries: Entries) -> Call:
-        q, k = inputs.leaf(1, tokens, heads, HEAD), inputs.leaf(1, tokens, max(heads // 4, 1), HEAD)
+        q, k = inputs.leaf(1, tokens, heads, HEAD), inputs.leaf(1, tokens, of_keys, HEAD)
         angles = torch.rand(1, tokens, 1, HEAD, device=inputs.device)
         function, turned = _pick(entries, "rope"), (angles.cos(), angles.sin())
         return _trained(lambda: function(q, k, turned, inputs.dtype), [q, k])
 
-    return Case(op, dtype, tokens * grid["width"], f"{tokens} x {heads} heads of {HEAD}", make)
+    return Case(op, dtype, tokens * grid["width"], f"{tokens} x {heads} heads of {HEAD}", make, traffic)
 
 
 def _swiglu(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Case:
@@ -111,7 +124,7 @@ def _swiglu(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Cas
         gate, up, function = inputs.leaf(1, tokens, inner), inputs.leaf(1, tokens, inner), _pick(entries, "swiglu")
         return _trained(lambda: function(gate, up), [gate, up])
 
-    return Case(op, dtype, tokens * inner, f"{tokens} x {inner}", make)
+    return Case(op, dtype, tokens * inner, f"{tokens} x {inner}", make, 8 * tokens * inner * inputs.dtype.itemsize)
 
 
 def _attention(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any, *, longest: int) -> Case:
@@ -146,7 +159,8 @@ def _loss(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Case:
         fused = entries.get("linear_cross_entropy") or _apart
         return _trained(lambda: fused(hidden, weight, labels), [hidden, weight])
 
-    return Case(op, dtype, tokens * vocabulary, f"{tokens} x {width} x {vocabulary}", make)
+    traffic = 3 * tokens * vocabulary * inputs.dtype.itemsize if op == "cross_entropy" else 0
+    return Case(op, dtype, tokens * vocabulary, f"{tokens} x {width} x {vocabulary}", make, traffic)
 
 
 def _apart(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -172,7 +186,8 @@ def _update(op: str, dtype: str, inputs: _Inputs, tokens: int, grid: Any) -> Cas
             else _adamw(update, parameters, gradients, scale)
         )
 
-    return Case(op, dtype, elements, f"{count} x {elements // count}", make)
+    words = 7 if op == "adamw" else 1  # four are read and three written
+    return Case(op, dtype, elements, f"{count} x {elements // count}", make, words * elements * torch.float32.itemsize)
 
 
 def _torch_adamw(parameters: list[Tensor], gradients: list[Tensor], scale: Tensor) -> Call:

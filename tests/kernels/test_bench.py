@@ -135,12 +135,6 @@ def test_a_provider_that_fails_is_told_and_left_out(monkeypatch, capsys):
     assert found.rows == () and "torch failed: no such luck" in capsys.readouterr().out
 
 
-def test_the_median_is_of_runs_after_the_first_two():
-    calls = []
-    ms = bench.timed(lambda: calls.append(1), torch.device("cpu"), 0.0, least=5)
-    assert len(calls) == 7 and ms >= 0
-
-
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [

@@ -3,6 +3,7 @@
 import torch
 from triton_cases import DEVICE
 
+from camshaft_kernels.stopwatch import Sampler, Stopwatch
 from tools.bench import __main__ as command
 from tools.bench import kernels
 from tools.bench.kernels_forms import COMPILED, EAGER, FOREACH, FUSED, OURS
@@ -12,13 +13,20 @@ SIZES = {"tiny": {"tokens": 8, "hidden": 16, "inner": 24, "queries": 4, "keys": 
 CASES = {case.name: case for case in kernels.cases(SIZES, vocabulary=50, elements=64 * 8)}
 
 
-class Steady:
-    """A clock that measures nothing: what this tries is everything around it."""
+class Steady(Stopwatch):
+    """A stopwatch that measures nothing: what this tries is everything around it."""
 
-    device = torch.device(DEVICE)
+    def __init__(self):
+        super().__init__(torch.device(DEVICE))
 
-    def __call__(self, call):
+    def prepare(self, call):
         call()
+        return Still(self, call, 0.0)
+
+
+class Still(Sampler):
+    def __call__(self):
+        self.call()
         return 2.0
 
 
@@ -52,8 +60,12 @@ def test_rows_and_verdicts():
     (verdict,) = kernels.verdicts(others)
     assert (verdict["peer"], verdict["speed"], verdict["met"]) == (COMPILED, 0.75, False)
     machine = {"gpu": "one", "triton": "3.6"}
-    text = kernels.table({"machine": machine, "copy_gb_s": 3000.0, "rows": others, "targets": [verdict]})
+    others[-1]["waits"] = True
+    text = kernels.table(
+        {"machine": machine, "copy_gb_s": 3000.0, "cache": "cold", "rows": others, "targets": [verdict]}
+    )
     assert f"| rms_norm tiny | {COMPILED} | 0.750 | 1.0 | missed |" in text
+    assert sum("3.000 (waits for the GPU)" in line for line in text) == 1
 
 
 def test_a_contestant_that_is_not_there_says_so():
@@ -67,7 +79,7 @@ def test_a_contestant_that_is_not_there_says_so():
     assert "ms" in rows[0]
     assert any(
         "No module named" in line
-        for line in kernels.table({"machine": {}, "copy_gb_s": 1, "rows": rows, "targets": []})
+        for line in kernels.table({"machine": {}, "copy_gb_s": 1, "cache": "cold", "rows": rows, "targets": []})
     )
 
 

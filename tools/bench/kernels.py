@@ -1,16 +1,14 @@
 """Single operations, forward and backward: ours in Triton, torch's own form, the same compiled, and Liger's kernels.
 
-Time is the GPU's, between events, median of blocks in which contestants take turns; before each run a large buffer is
-written, so that inputs come from memory and the host is ahead of the device. An operation that is bound by memory is
-told in bytes a second: those that any implementation has to read and write, over the time, beside the rate at which
-this GPU copies. Needs a CUDA GPU; without one it says so.
+Time is the GPU's, without the host's part and from memory (``camshaft_kernels.stopwatch``), median of blocks in which
+contestants take turns. An operation that is bound by memory is told in bytes a second: those that any implementation
+has to read and write, over the time, beside the rate at which this GPU copies. Without a CUDA GPU it says that.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from camshaft_kernels.stopwatch import Sampler, Stopwatch
 from tools.bench import kernels_forms
 from tools.bench.kernels_forms import EAGER, OURS, Forms
 
@@ -33,9 +32,6 @@ ELEMENTS = 1 << 28
 """Parameters of one update, in ``TENSORS`` tensors."""
 TENSORS = 64
 BLOCKS = 30
-WARM_UP = 3
-FLUSH_BYTES = 1 << 30
-"""Larger than any cache, and some 300 us of writing, in which the host queues what is timed."""
 TARGET = 1.0
 """Our speed over the best of compiled and Liger's, in each case."""
 
@@ -146,35 +142,6 @@ def once(form: Callable[..., Any], inputs: Sequence[Any], trained: bool) -> Call
     return run
 
 
-class Clock:
-    """Milliseconds of the device that a call takes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            begin = time.perf_counter()
-            call()
-            return (time.perf_counter() - begin) * 1e3
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        self.flush.zero_()
-        first.record()
-        call()
-        last.record()
-        torch.cuda.synchronize(self.device)
-        return float(first.elapsed_time(last))
-
-    def copy_rate(self) -> float:
-        """Bytes a second of a copy, read and written."""
-        count = FLUSH_BYTES if self.device.type == "cuda" else 1 << 20
-        source = torch.empty(count, dtype=torch.int8, device=self.device)
-        target = torch.empty_like(source)
-        times = [self(lambda: target.copy_(source)) for _ in range(BLOCKS)]
-        return 2 * source.numel() / statistics.median(times) * 1e3
-
-
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """What a run allocates above what was there."""
     if device.type != "cuda":
@@ -189,36 +156,33 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def measure(
-    case: Case, clock: Clock, copied: float, blocks: int, contestants: Sequence[str] = ()
+    case: Case, stopwatch: Stopwatch, copied: float, blocks: int, contestants: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """One row a contestant. What is not installed or does not fit says so in its row."""
     rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Callable[[], Any]] = {}
+    samplers: dict[str, Sampler] = {}
     for name, make in case.forms.items():
         if not contestants or name in contestants:
             rows[name] = {"case": case.name, "contestant": name}
             try:
-                runs[name] = _prepared(case, make, clock.device)
-                rows[name]["peak_mb"] = peak_bytes(runs[name], clock.device) / 2**20
+                sampler = stopwatch.prepare(_call(case, make, stopwatch.device))
+                rows[name]["peak_mb"] = peak_bytes(sampler.call, stopwatch.device) / 2**20
+                samplers[name] = sampler
             except (ImportError, RuntimeError) as error:
-                runs.pop(name, None)
                 rows[name]["failed"] = str(error).partition("\n")[0]
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(blocks):
-        for name, run in runs.items():
-            times[name].append(clock(run))
+        for name, sampler in samplers.items():
+            times[name].append(sampler())
     for name, found in times.items():
-        rows[name] |= _figures(case, statistics.median(found), copied)
+        rows[name] |= {**_figures(case, statistics.median(found), copied), "waits": not samplers[name].ahead}
     return list(rows.values())
 
 
-def _prepared(case: Case, make: Callable[[], Callable[..., Any]], device: torch.device) -> Callable[[], Any]:
-    """A run of this contestant, compiled and warm. Inputs are its own, because some write over them."""
+def _call(case: Case, make: Callable[[], Callable[..., Any]], device: torch.device) -> Callable[[], Any]:
+    """A run of this contestant. Inputs are its own, because some write over them."""
     torch.manual_seed(0)
-    call = once(make(), case.inputs(device), case.trained)
-    for _ in range(WARM_UP):
-        call()
-    return call
+    return once(make(), case.inputs(device), case.trained)
 
 
 def _figures(case: Case, ms: float, copied: float) -> dict[str, Any]:
@@ -258,13 +222,14 @@ def run(
     if reason is not None:
         return {"missing": reason}
     device = torch.device("cuda", torch.cuda.current_device())
-    clock = Clock(device)
-    copied = clock.copy_rate()
+    stopwatch = Stopwatch(device)
+    copied = stopwatch.copy_rate()
     machine = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, **kernels_forms.versions()}
-    found: dict[str, Any] = {"machine": machine, "copy_gb_s": copied / 1e9, "rows": [], "targets": []}
+    found: dict[str, Any] = {"machine": machine, "copy_gb_s": copied / 1e9, "cache": stopwatch.cache}
+    found |= {"rows": [], "targets": []}
     for case in cases():
         if not names or any(case.name.startswith(name) for name in names):
-            found["rows"] += measure(case, clock, copied, blocks or BLOCKS, contestants)
+            found["rows"] += measure(case, stopwatch, copied, blocks or BLOCKS, contestants)
             found["targets"] = verdicts(found["rows"])
             keep(found)  # compiling takes minutes: a call that is cut off has told what it found
             torch.cuda.empty_cache()
@@ -276,7 +241,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     if "missing" in found:
         return ["## Kernels", "", f"Not measured: {found['missing']}.", ""]
     lines = ["## Kernels: forward and backward, bf16", "", ", ".join(f"{k} {v}" for k, v in found["machine"].items())]
-    lines += [f"Copies at {found['copy_gb_s']:.0f} GB/s.", ""]
+    lines += [f"Copies at {found['copy_gb_s']:.0f} GB/s. Medians; {found['cache']}.", ""]
     lines += [
         "| case | contestant | ms | GB/s | of the copy rate | TFLOP/s | peak, MiB |",
         "|---|---|---|---|---|---|---|",
@@ -287,7 +252,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"{head} {row['failed']} | | | | |")
             continue
         bound = f"{row['gb_s']:.0f} | {row['of_copy']:.2f} | |" if row["gb_s"] else f"| | {row['tflop_s']:.0f} |"
-        lines.append(f"{head} {row['ms']:.3f} | {bound} {row['peak_mb']:.0f} |")
+        waits = " (waits for the GPU)" if row["waits"] else ""
+        lines.append(f"{head} {row['ms']:.3f}{waits} | {bound} {row['peak_mb']:.0f} |")
     lines += ["", "| case | best of the others | our speed over it | at least | |", "|---|---|---|---|---|"]
     for row in found["targets"]:
         met = "met" if row["met"] else "missed"
