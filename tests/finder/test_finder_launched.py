@@ -56,10 +56,11 @@ def start(tmp_path):
             },
         )
         small_folder.fill(tmp_path, text, name="auto")
+        places = [str(site), os.environ.get("PYTHONPATH")]
         done = subprocess.run(
             [sys.executable, "-m", "camshaft", "train", "auto.yaml", *overrides],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=200,
