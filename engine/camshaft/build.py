@@ -81,13 +81,17 @@ def _kernels(host: Host, world: World) -> list[Kernel]:
 
 
 def _noted(world: World, name: str, kernel: Kernel) -> Kernel:
-    """``kernel``, whose plugin is known to have an effect as soon as somebody takes it."""
+    """``kernel``, whose plugin is known to have an effect as soon as somebody weighs it against others, or takes it."""
 
     def entries() -> dict[str, Any]:
         world.givers.add(name)
         return kernel.entries()
 
-    return replace(kernel, entries=entries)
+    def missing(world: World) -> str | None:
+        world.givers.add(name)
+        return kernel.missing(world)
+
+    return replace(kernel, entries=entries, missing=missing)
 
 
 def _rewrite(host: Host, world: World, config: ModelConfig) -> ModelConfig:

@@ -63,7 +63,7 @@ def _without_effect(host: Host, name: str) -> str | None:
     if set(hooks) - LATER:
         return None
     if "kernels" in hooks:
-        return "none of the implementations of operations that it offers was taken"
+        return "none of the implementations of operations that it offers was taken, or weighed against others"
     only = f"only {', '.join(hooks)}" if hooks else "no hook"
     return f"it implements {only}, and nothing that runs before the first step ends"
 

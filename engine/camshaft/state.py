@@ -105,7 +105,9 @@ class World:
     kernels: list[Kernel] = field(default_factory=list)
     """Every implementation that an enabled plugin offers."""
     givers: set[str] = field(default_factory=set)
-    """Plugins of whose implementations one was taken: it had an effect. Filled when its ``entries`` is called."""
+    """Plugins of whose implementations one was taken, or weighed against others: that is their effect. Filled when its
+    ``entries`` or its ``missing`` is called.
+    """
     scales_gradients: bool = False
     """Whether the optimizer multiplies gradients by ``state.gradient_scale`` in its own pass over them; set by the
     owner of ``optimizer``. The owner of ``clip`` may then leave that to it."""

@@ -70,11 +70,13 @@ def choose(
     measured = table.load(device_of(world.device)) if AUTO in wishes.values() else None
     found = []
     for op, wish in wishes.items():
-        reasons = {name: kernel.missing(world) for name, kernel in kernels.get(op, {}).items()}
+        offers = kernels.get(op, {})
         if wish != AUTO:
-            problems += _named(op, wish, reasons, key)
+            problems += _named(op, wish, offers, world, key)
             found.append(Choice(op, wish, wish, "named in the recipe"))
-        elif op in bars or (op == "cross_entropy" and any(_makes_loss(each) for each in found)):
+            continue
+        reasons = {name: kernel.missing(world) for name, kernel in offers.items()}
+        if op in bars or (op == "cross_entropy" and any(_makes_loss(each) for each in found)):
             found.append(Choice(op, wish, own_form(op), bars.get(op, MADE_BY_FUSED)))
         else:
             found.append(_best(op, reasons, measured, world, config))
@@ -87,11 +89,12 @@ def _makes_loss(choice: Choice) -> bool:
     return choice.op == "linear_cross_entropy" and choice.changes
 
 
-def _named(op: str, wish: str, reasons: Mapping[str, str | None], key: str) -> list[Problem]:
-    if wish not in reasons:
-        message, fix = f"nobody offers '{wish}' of {op}", f"take one of {', '.join(reasons)}"
-    elif reasons[wish] is not None:
-        message, fix = f"'{wish}' cannot be used: {reasons[wish]}", f"set it to {AUTO}, or remove the line"
+def _named(op: str, wish: str, offers: Mapping[str, Kernel], world: World, key: str) -> list[Problem]:
+    """What is wrong with a wish. Others than the one that it names are not asked: they have no part in it."""
+    if wish not in offers:
+        message, fix = f"nobody offers '{wish}' of {op}", f"take one of {', '.join(offers)}"
+    elif (reason := offers[wish].missing(world)) is not None:
+        message, fix = f"'{wish}' cannot be used: {reason}", f"set it to {AUTO}, or remove the line"
     else:
         return []
     return [Problem(message, key=f"{key}.{op}", fix=fix)]

@@ -140,7 +140,8 @@ def test_a_plugin_that_offers_implementations_has_an_effect_when_one_is_taken(re
     ((found,),) = problems(resolved, {"offers": Offers()})
     assert found[:2] == (
         "plugins.offers",
-        "did nothing by the end of step 1: none of the implementations of operations that it offers was taken",
+        "did nothing by the end of step 1: none of the implementations of operations that it offers was taken, or "
+        "weighed against others",
     )
     assert problems(resolved, {"offers": Offers(), "takes": Takes()}) == [[]]
 

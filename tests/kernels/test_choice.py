@@ -11,7 +11,7 @@ import pytest
 
 from camshaft import host
 from camshaft.errors import PluginError, RecipeError
-from camshaft.ops import Ops, swiglu
+from camshaft.ops import Kernel, Ops, cross_entropy, swiglu
 from camshaft.recipe import check, load
 from camshaft.testing.compare import assert_bit_equal
 from camshaft.testing.ranks import RankFailed
@@ -168,6 +168,42 @@ def test_a_run_tells_what_was_chosen_and_why_not_the_others(recipe, tmp_path, ca
     after = lines[lines.index(rows["swiglu"]) + 1 :]
     assert after[0] == "  not triton: 'triton' needs a GPU, and this run is on a CPU"
     assert [record.message.split("\n", 1)[1] for record in caplog.records] == [log_of(tmp_path).rstrip()]
+
+
+def test_auto_takes_no_loss_that_nobody_calls(recipe, tmp_path, monkeypatch):
+    from camshaft_kernels import table
+
+    fused, loss = table.Rule(("torch",), "fused"), table.Rule(("mine",), "apart")
+    monkeypatch.setattr(table, "rules", lambda: {"cpu": {"linear_cross_entropy": fused, "cross_entropy": loss}})
+    kernel = Kernel("cross_entropy", "mine", lambda: {"cross_entropy": cross_entropy})
+    for fuses, wanted in (("auto", "torch"), ("unfused", "mine")):
+        resolved = recipe({"linear_cross_entropy": fuses, "cross_entropy": "auto"}, run={"dir": str(tmp_path / fuses)})
+        record_rank(0, 1, resolved, {"theirs": Offers(kernel)})
+        rows = (tmp_path / fuses / "kernels.txt").read_text().splitlines()
+        (row,) = [row for row in rows if row.startswith("cross_entropy ")]
+        assert row.split()[1] == wanted and ("makes the loss, and no logits" in row) == (fuses == "auto")
+
+
+class Offers(kernel_plugins.camshaft.Plugin):
+    """Offers one kernel."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    @kernel_plugins.camshaft.hookimpl
+    def kernels(self):
+        yield self.kernel
+
+
+def test_what_auto_passes_over_is_told_and_no_fault_of_who_offers_it(recipe, strangers, tmp_path):
+    """A recipe for a GPU goes on where there is none, with somebody else's kernels too."""
+    record_rank(0, 1, recipe({"all": "auto"}, {"theirs": {}}))
+    lines = log_of(tmp_path).splitlines()
+    assert "  not absent: its card is not plugged in" in lines
+    assert "  not mine: not measured: camshaft bench kernels" in lines
+    with pytest.raises(RecipeError, match="none of the implementations of operations that it offers was taken"):
+        record_rank(0, 1, recipe({"linear_cross_entropy": "torch"}, {"theirs": {}}))
 
 
 def test_auto_that_leaves_everything_as_it_is_is_legal(recipe):
