@@ -175,7 +175,10 @@ def _time(offer: Offer, case: Case, stopwatch: Stopwatch, seconds: float) -> flo
     """Milliseconds; None, and a line that says why, where it fails here."""
     try:
         sampler = stopwatch.prepare(case.make(offer.entries()))
-        return sampler.median(seconds, LEAST)
+        found = sampler.median(seconds, LEAST)
+        if not sampler.ahead:
+            say(f"{case.op} {case.dtype} {case.shape}: {offer.provider} waits for the GPU on its way, which is counted")
+        return found
     except Exception as error:
         if is_out_of_memory(error) and stopwatch.device.type == "cuda":
             torch.cuda.empty_cache()

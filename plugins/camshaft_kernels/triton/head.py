@@ -50,7 +50,6 @@ def dtype_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch adds a product of this dtype to an fp32 matrix on this GPU: not every version takes one."""
     key = (device, dtype)
@@ -75,7 +74,7 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
         torch.addmm(out, left, right, beta=int(add), out=out)
     elif not add:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
-    elif adds_wide(left.device, left.dtype):
+    elif not torch.compiler.is_compiling() and adds_wide(left.device, left.dtype):  # its fake tensors refuse this one
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         out.add_(torch.mm(left, right, out_dtype=out.dtype))
