@@ -39,6 +39,9 @@ class Kept:
     making: int = 0
     """Bytes that are there only while its forward makes it, beside itself and what came before."""
 
+    once: int = 0
+    """More bytes of it in the first window of a process, when optimizers hold no values yet."""
+
     @property
     def held(self) -> int:
         """Bytes at the fullest moment."""

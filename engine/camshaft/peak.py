@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from camshaft.estimate import CLOSING, PASSING
 
 if TYPE_CHECKING:
     from camshaft.activations import Kept
-    from camshaft.estimate import Estimate, Sizes
+    from camshaft.estimate import Estimate, Sizes, StateBytes
 
 Place = tuple[int, int]
 """(layer, half): attention and the norm before it are half 0, the MLP and its norm half 1. The embedding is of layer
@@ -41,7 +41,16 @@ class Peak:
 def peak(kept: tuple[Kept, ...], sizes: Sizes, found: Estimate) -> Peak:
     """The fullest moment of a rank that keeps ``kept`` in each forward; ``found``: its model state and buffers."""
     assert found.state is not None
-    state = found.state
+    most = _peak(kept, sizes, found, found.state)
+    if any(each.once for each in kept):
+        early = tuple(replace(each, bytes=each.bytes + each.once, once=0) for each in kept)
+        first = _peak(early, sizes, found, replace(found.state, moments=0))
+        if first.bytes > most.bytes:
+            return replace(first, moment=f"{first.moment}, in the first window")
+    return most
+
+
+def _peak(kept: tuple[Kept, ...], sizes: Sizes, found: Estimate, state: StateBytes) -> Peak:
     closing, passing = (sum(size for what, size in found.buffers if what.endswith(each)) for each in (CLOSING, PASSING))
     always = state.total - state.gradients + sum(size for _, size in found.buffers) - closing - passing
     moments = [Peak("the step", always + state.gradients + closing, 0)]

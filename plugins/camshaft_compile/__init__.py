@@ -15,9 +15,9 @@ that: the first window and the first evaluation that are compiled warm up; later
 without labels.
 
 Memory and traffic: traffic is unchanged. Inductor recomputes cheap pointwise operations in backward (a minimum cut of
-the joint graph) and fuses others, so less is kept than ``camshaft plan`` tells; how much less is known after
-compilation only, so the hook ``activations`` is not implemented and the plan stays an upper bound, which the first
-window reaches. Claims nothing. Every module inside of a compiled one is in ``world.pieces``.
+the joint graph), so less is kept than without it: of the built-in decoder's layers what ``camshaft_compile.kept`` says,
+but all of it in the first window. Other backends keep what they are given. Claims nothing. Every module inside of a
+compiled one is in ``world.pieces``.
 
 Refused: modules inside of which others put hooks or forwards later (split backwards of a pipeline, DeepSpeed's stage
 3), the backend ``inductor`` where there is no compiler, CUDA graphs elsewhere than on CUDA or with several microbatches
@@ -34,6 +34,8 @@ from camshaft_compile import rules
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from camshaft.activations import Kept
+    from camshaft.estimate import Sizes
     from camshaft.hookspecs import Forward
     from camshaft.state import State, World
     from camshaft_compile.blocks import Blocks
@@ -78,6 +80,17 @@ class Plugin(camshaft.Plugin):
     def plan(self, context: camshaft.PlanContext) -> camshaft.Plan:
         """Refuse what cannot be compiled here, or not beside the recipe's other plugins."""
         return camshaft.Plan(problems=tuple(rules.problems(self.options, context, f"plugins.{self.name}")))
+
+    @camshaft.hookimpl
+    def activations(
+        self, context: camshaft.PlanContext, sizes: Sizes, kept: tuple[Kept, ...]
+    ) -> tuple[Kept, ...] | None:
+        """Without what Inductor makes again."""
+        if self.options.backend != "inductor":
+            return None
+        from camshaft_compile.kept import change
+
+        return tuple(change(self.options, context, sizes, kept))
 
     @camshaft.hookimpl
     def compile_model(self, world: World, model: Module) -> None:

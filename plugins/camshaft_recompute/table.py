@@ -112,7 +112,7 @@ class _Table:
                 return
         if each.made == "input" and region.rpartition(".")[2].isdecimal() and self._mode != "offload":
             return  # the region's own input, which has its row
-        yield replace(each, bytes=0, again=each.bytes)
+        yield replace(each, bytes=0, again=each.bytes, once=0)
 
     def _stays(self, each: Kept) -> bool:
         residual = each.name == "hidden"  # of a norm: the sum of a product and what goes past it

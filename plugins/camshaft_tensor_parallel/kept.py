@@ -57,7 +57,7 @@ def divided(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Ke
 
 
 def _times(each: Kept, share: Fraction) -> Kept:
-    return replace(each, bytes=int(each.bytes * share), flops=float(each.flops * share))
+    return replace(each, bytes=int(each.bytes * share), flops=float(each.flops * share), once=int(each.once * share))
 
 
 def _shares(sizes: Sizes) -> Shares:
