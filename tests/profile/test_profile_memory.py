@@ -43,7 +43,7 @@ def window(device=0):
 
 
 def test_every_byte_at_the_peak_has_its_owner():
-    found = timeline(window().trace(), HELD, [{20: "w"}])
+    found = timeline(window().trace(), HELD, [{20: "w", 1: "a gradient that is kept where the parameter was"}])
     assert (found.device, found.before, found.peak, found.peak_time, found.peak_phase) == (
         "cpu",
         3007,
@@ -81,7 +81,7 @@ def test_an_address_that_is_given_out_again_had_been_freed():
     writer.range("camshaft/window", 0, 100)
     writer.memory(10, 2, 50)  # the block of 2,000 bytes that was held there has gone without an event
     found = timeline(writer.trace(), HELD)
-    assert found.peak == 1050
+    assert found.peak == sum(found.by_category.values()) == 1050
 
 
 def test_no_peak_is_lost_in_the_thinned_course():
@@ -161,9 +161,9 @@ def test_blocks_that_grow_in_number_cost_no_more_each():
         for number in range(count):
             writer.memory(number, 10 + number, 8)
         trace = writer.trace()
-        began = time.perf_counter()
+        began = time.process_time()
         assert timeline(trace, HELD).peak == 3000 + 8 * count
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     few = min(seconds(2_000) for _ in range(3))
     assert seconds(40_000) < 20 * few * 8

@@ -148,6 +148,7 @@ def test_ranks_are_started_by_a_launcher_as_for_training(recipe, tmp_path):
     document = json.loads((tmp_path / "made" / "profile.json").read_text())
     assert [found["windows"] for found in document["ranks"]] == [2, 2]
     assert document["settings"] == {"warmup": 1, "steps": 2}
+    assert document["mfu"]["tokens_per_s"] == pytest.approx(8 * 32 / document["ranks"][0]["window_ms"] * 1e3)
     assert "made" in done.stdout and "largest owners at the peak" in done.stdout
     assert "profiler_start" not in done.stderr
     again = subprocess.run(line, capture_output=True, text=True, timeout=120)
@@ -188,7 +189,8 @@ def test_a_plugins_range_is_listed_and_modules_are_as_before(recipe, tmp_path):
         hooks = [
             len(module._forward_hooks) + len(module._forward_pre_hooks) for module in trainer.state.model.modules()
         ]
-        Recorder(trainer, Quiet(), Quiet()).run(SETTINGS, tmp_path / "out" / "trace.json")
+        recording = Recorder(trainer, Quiet(), Quiet()).run(SETTINGS, tmp_path / "out" / "trace.json")
+        assert [len(names) for names in recording.gradients] == [len(trainer.state.named_parameters())], "of one window"
         assert trainer.stepper.program is program
         after = [
             len(module._forward_hooks) + len(module._forward_pre_hooks) for module in trainer.state.model.modules()

@@ -1,9 +1,11 @@
 """Time by kind of work, by operation and by phase, in traces with known times."""
 
+import json
+
 import pytest
 from profile_traces import Writer
 
-from camshaft.profiling.findings import plain_seconds
+from camshaft.profiling.findings import examine, plain_seconds
 from camshaft.profiling.report import _overhead
 from camshaft.profiling.times import phases, ranges, spent
 
@@ -31,6 +33,8 @@ def host_trace():
     writer.range("camshaft/phase/optimizer", 800, 900)
     writer.host("aten::_fused_adamw_", 810, 890)
     writer.host("aten::mm", 300, 400, thread=2)  # another thread
+    writer.range("zero.gather", 1010, 1090)  # behind the window
+    writer.host("aten::mm", 1020, 1080)
     return writer
 
 
@@ -93,6 +97,39 @@ def test_kernels_are_told_by_their_launcher_and_by_their_name():
     }
     assert found.operations["norms and elementwise", "aten::rms_norm"] == (10, 1)
     assert found.operations["communication", "ncclDevKernel_AllReduce"] == (350, 1)
+
+
+def test_findings_are_of_one_window(tmp_path):
+    """Two windows and what is between them: times are milliseconds a window."""
+    writer = Writer()
+    for start in (0, 5000):
+        writer.range("camshaft/window", start, start + 1000)
+        writer.range("camshaft/phase/forward", start, start + 600)
+        writer.host("aten::mm", start + 100, start + 300)
+        writer.range("camshaft/blocked", start + 400, start + 450)
+        writer.range("a.range", start + 500, start + 510)
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(writer.document))
+    found = examine(path, [], [])
+    assert (found["windows"], found["window_ms"]) == (2, 1.0)
+    assert found["phases_ms"] == pytest.approx({"forward": 0.6, "other": 0.4})
+    assert found["groups_ms"]["matrix products"] == pytest.approx(0.2)
+    assert found["operations"][0] == {"group": "matrix products", "name": "aten::mm", "ms": 0.2, "calls": 1}
+    assert found["ranges"] == [{"name": "a.range", "ms": 0.01, "calls": 1}]
+    assert found["communication"]["exposed_ms"] == found["communication"]["under_way_ms"] == 0.05
+    assert found["communication"]["exposed_by_owner_ms"] == {"another library": 0.05}
+
+
+def test_what_seems_to_end_after_what_it_is_in_is_cut():
+    """Clocks of a trace round: else the next on the track would count as inside of it."""
+    writer = Writer()
+    writer.range("camshaft/window", 0, 1000)
+    writer.host("aten::linear", 100, 200)
+    writer.host("aten::mm", 150, 201)
+    writer.host("aten::mul", 200, 300)
+    found = spent(writer.trace())
+    assert found.groups["matrix products"] == 50 + 50 and found.groups["norms and elementwise"] == 100
+    assert sum(found.groups.values()) == found.window == 1000
 
 
 def test_the_first_window_does_not_tell_the_profilers_cost():
