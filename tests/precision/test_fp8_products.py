@@ -115,6 +115,8 @@ def test_zeros_and_values_above_an_old_scale():
     assert not zero.values.float().any() and bool(zero.inverse.isfinite())
     large = round_to(torch.tensor([[1.0, -1e9]]), E4M3, torch.tensor(2.0))
     assert (large.values.float() * large.inverse).tolist() == [[1.0, -224.0]]
+    wide = round_to(torch.tensor([[1.0, -1e9]]), E5M2, torch.tensor(2.0))
+    assert (wide.values.float() * wide.inverse).tolist() == [[1.0, -28672.0]], "inf without bounds, in every torch"
     assert float(amax(torch.zeros(2, 2), rowwise=False)) == 0.0
 
 
@@ -199,10 +201,10 @@ def test_a_ring_goes_on_from_its_state_in_another_length_and_with_other_layers()
     ring = Ring(["a", "b"], 3, torch.device("cpu"), None)
     for window in range(1, 6):
         for name in ("a", "b"):
-            ring.meter(name).note("input", torch.tensor(float(window)))
+            ring.meter(name).note("input", torch.tensor(2.0**window))  # a power of two each: scales are such
         ring.turn()
     state = ring.state_dict()
-    assert [row[0] for row in state["a"]] == [3.0, 4.0, 5.0]
+    assert [row[0] for row in state["a"]] == [8.0, 16.0, 32.0]
     same, short, other = (Ring(names, size, torch.device("cpu"), None) for names, size in (
         (["a", "b"], 3), (["a", "b"], 2), (["b", "c"], 5),
     ))  # fmt: skip
