@@ -89,6 +89,13 @@ def test_the_plans_peak_grows_with_the_candidate_and_memory_decides(automatic):
         finding.refuse(resolved, 2)
 
 
+def test_ranks_on_a_cpu_share_what_is_free(automatic, monkeypatch):
+    monkeypatch.setattr(finding, "available_bytes", lambda: 1001)
+    assert finding.memory_of(automatic(), 4, "cpu") == 250
+    stated = automatic(launch={"device": "cpu", "memory_gib": 0.5})
+    assert finding.memory_of(stated, 4, "cpu") == finding.memory_of(stated, 1, "cuda") == 1 << 29
+
+
 def test_accumulation_cannot_be_given_with_auto(automatic):
     resolved = automatic(batch={"micro_batch_size": "auto", "global_batch_size": 24, "gradient_accumulation_steps": 2})
     (problem,) = check(resolved, 1).problems
