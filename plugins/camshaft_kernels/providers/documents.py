@@ -6,6 +6,7 @@ at the documents once a forward on the host, which waits for the device.
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -41,7 +42,15 @@ def spans(document: Tensor) -> Spans:
             "plugins.kernels.document_attention=torch can tell"
         )
     begins = F.pad(steps != 0, (1, 0), value=True).flatten().nonzero().flatten()
-    return Spans(F.pad(begins, (0, 1), value=document.numel()).to(torch.int32), document.shape[1])
+    return Spans(_of_any_length(F.pad(begins, (0, 1), value=document.numel()).to(torch.int32)), document.shape[1])
+
+
+def _of_any_length(bounds: Tensor) -> Tensor:
+    """Let one compiled graph take any number of documents, where there are compiled ones: else each has its own."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and not torch.compiler.is_compiling():
+        dynamo.maybe_mark_dynamic(bounds, 0)
+    return bounds
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, mask: list[int]) -> Tensor:
