@@ -27,9 +27,9 @@ logged; a record of a skipped step has no ``train/grad_norm``. Other dtypes scal
 - ``fp8``: bf16, but for the matrix products of linear layers, which are made of 8-bit numbers (Micikevicius et al.,
   arXiv:2209.05433; recipes of torchao.float8) on GPUs that have them; ``camshaft_precision.linear`` says of what. The
   first and the last layer, the embedding and the output projection are kept out. Sizes that are no multiples of 16 are
-  refused; tokens are padded with zeros where they are summed over. Memory is that of bf16. With ``delayed`` scaling:
-  12 bytes a layer and rank of traffic a step, and the history of amax is in checkpoints. A pipeline with split backward
-  does not put these layers' weight products off.
+  refused; tokens are padded with zeros where they are summed over. Memory is that of bf16 without its copies of these
+  layers' weights. With ``delayed`` scaling: 12 bytes a layer and rank of traffic a step, and the history of amax is in
+  checkpoints. A pipeline with split backward does not put these layers' weight products off.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from camshaft_precision import rules
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from camshaft.activations import Kept
     from camshaft.estimate import Sizes
     from camshaft.hookspecs import Forward, Step
     from camshaft.state import Policy, State, World
@@ -120,6 +121,17 @@ class Plugin(camshaft.Plugin):
             from camshaft_precision import choice
 
             yield from choice.uneven(context.config, self.options.fp8.keep, sizes, f"plugins.{self.name}")
+
+    @camshaft.hookimpl
+    def activations(
+        self, context: camshaft.PlanContext, sizes: Sizes, kept: tuple[Kept, ...]
+    ) -> tuple[Kept, ...] | None:
+        """With fp8, without copies of weights."""
+        if self.options.compute != "fp8" or context.config is None:
+            return None
+        from camshaft_precision.kept import change
+
+        return tuple(change(self.options.fp8, context, kept))
 
     @camshaft.hookimpl
     def precision(self, world: World) -> Policy:

@@ -84,6 +84,13 @@ def uneven(config: ModelConfig, keep: Sequence[str] | None, sizes: Sizes, key: s
     yield from _odd(_chosen(tuple(shapes), keep, config), shapes, f" on rank {sizes.rank}", key)
 
 
+def chosen(config: ModelConfig, keep: Sequence[str] | None) -> list[str]:
+    """The built-in decoder's linear layers that are computed in fp8."""
+    from camshaft.models.shapes import parameter_shapes
+
+    return _chosen(tuple(_linear(parameter_shapes(config))), keep, config)
+
+
 def _linear(parameters: Iterable[ParameterShape]) -> dict[str, tuple[int, ...]]:
     """Linear layer to the shape of its weight."""
     from camshaft.models.stages import LLAMA

@@ -1,15 +1,17 @@
 """What a forward keeps under recomputation, from the table that ``camshaft plan`` has without it. No torch.
 
-What a module would keep is made again, but for results of products in mode `selective`; its inputs stay. The table is
-that of the built-in decoder, so regions are its layers, or attention and MLP in them. A result of a product that a
-collective takes (rows divided over ranks) cannot be kept. Which results a budget will choose is known from times alone;
-that it is used up, by as many bytes of each tensor, is counted.
+What a module would keep is made again, but for results of products in mode `selective`; its inputs stay. In mode
+`offload` it comes back, for two layers at a time. The table is that of the built-in decoder, so regions are its layers,
+or attention and MLP in them. A result of a product that a collective takes (rows divided over ranks) cannot be kept.
+Which results a budget will choose is known from times alone; that it is used up, by as many bytes of each tensor, is
+counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from camshaft.activations import Kept
@@ -43,6 +45,8 @@ def changed(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Ke
             found += table.inputs(region, each)
         pending[region].append(each)
         found += table.left(region, each)
+    if options.mode == "offload":
+        found += _ahead([rows for rows in pending.values() if rows])
     masks = {each.stage: each for several in pending.values() for each in several if each.name == "mask"}
     if options.mode in ("full", "selective"):
         found += [table.mask(each) for each in masks.values()]
@@ -51,6 +55,14 @@ def changed(options: Options, context: PlanContext, sizes: Sizes, kept: tuple[Ke
         share = _share(options.budget, inner)
         found = [_partly(each, share) for each in found]
     return tuple(found)
+
+
+def _ahead(regions: Sequence[Sequence[Kept]]) -> Iterator[Kept]:
+    """What comes back for the layer before while the backward of a layer runs."""
+    for before, rows in pairwise(regions):
+        if before[0].module.split(".")[:3] != rows[0].module.split(".")[:3]:
+            size = sum(each.bytes for each in before)
+            yield replace(rows[0], name="fetched ahead", bytes=0, flops=0.0, again=size, once=0)
 
 
 def _share(budget: int, inner: Sequence[Kept]) -> float:

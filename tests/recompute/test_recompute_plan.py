@@ -73,3 +73,20 @@ def test_what_the_plan_says_is_saved_on_each_rank(make_recipe, case, parallel):
     settings = {"model": DEEP, **PARALLEL[parallel]}
     planned = saved(make_recipe, 2, CASES[case], **settings)
     assert planned == run(make_recipe, 2, CASES[case], **settings) and min(planned) > 0
+
+
+@pytest.mark.parametrize(
+    "modules", [None, ["model.layers.*.self_attn", "model.layers.*.mlp"]], ids=["layers", "halves"]
+)
+def test_offloaded_tensors_come_back_for_two_layers_at_a_time(make_recipe, modules):
+    options = {"mode": "offload"} | ({} if modules is None else {"modules": modules})
+    kept = table(recipe(make_recipe, 1, options, model=DEEP), 1, 0)
+    layers = [[each for each in kept if each.module.startswith(f"model.layers.{layer}.")] for layer in range(5)]
+    own = [sum(each.again for each in rows if each.name != "fetched ahead") for rows in layers]
+    ahead = [sum(each.again for each in rows if each.name == "fetched ahead") for rows in layers]
+    assert ahead[0] == 0
+    if modules is None:
+        assert ahead[1:] == own[:-1] and min(own) > 0
+    else:
+        mlp = [sum(each.again for each in rows if ".mlp" in each.module) for rows in layers]
+        assert ahead[1:] == mlp[:-1] and min(mlp) > 0
