@@ -101,7 +101,10 @@ def _run(
             loss += losses
             if slope is None:
                 continue
-            slope = slope.mul_(gain_of(dtype)).to(dtype)
+            gain = gain_of(dtype)
+            slope = (slope if gain == 1 else slope.mul_(gain)).to(
+                dtype
+            )  # a pass over all logits, for nothing if it is 1
             if towards is not None:
                 towards[begin : begin + rows] = slope @ table
             if product is not None:

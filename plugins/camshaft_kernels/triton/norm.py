@@ -165,7 +165,7 @@ def _backward(
     partial = torch.empty((programs, columns) if weighted else (1, 1), dtype=scales.dtype, device=value.device)
     made = torch.empty_like(weight, memory_format=torch.contiguous_format) if weighted else None
     if programs and columns:
-        with on_device_of(value):
+        with on_device_of(partial):
             backward_kernel[(programs,)](
                 upstream, upstream.stride(0), other, other.stride(0), value, value.stride(0), weight.contiguous(),
                 scales, gradient, partial, count, columns, tiles,
