@@ -1,5 +1,6 @@
 """The benchmark of kernels: its contestants compute the same, and it says where it cannot measure."""
 
+import pytest
 import torch
 from triton_cases import DEVICE
 
@@ -68,17 +69,24 @@ def test_rows_and_verdicts():
     assert sum("3.000 (waits for the GPU)" in line for line in text) == 1
 
 
-def test_a_contestant_that_is_not_there_says_so():
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("No module named 'liger_kernel'"), "No module named 'liger_kernel'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_contestant_that_is_not_there_or_fails_says_so(error, told):
     def absent():
-        raise ImportError("No module named 'liger_kernel'")
+        raise error
 
     case = CASES["swiglu tiny"]
     case = kernels.Case(case.name, {EAGER: case.forms[EAGER], "Liger": absent}, case.inputs, case.traffic)
     rows = kernels.measure(case, Steady(), copied=1e9, blocks=1)
-    assert rows[1] == {"case": "swiglu tiny", "contestant": "Liger", "failed": "No module named 'liger_kernel'"}
+    assert rows[1] == {"case": "swiglu tiny", "contestant": "Liger", "failed": told}
     assert "ms" in rows[0]
     assert any(
-        "No module named" in line
+        told in line
         for line in kernels.table({"machine": {}, "copy_gb_s": 1, "cache": "cold", "rows": rows, "targets": []})
     )
 

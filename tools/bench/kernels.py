@@ -168,8 +168,8 @@ def measure(
                 sampler = stopwatch.prepare(_call(case, make, stopwatch.device))
                 rows[name]["peak_mb"] = peak_bytes(sampler.call, stopwatch.device) / 2**20
                 samplers[name] = sampler
-            except (ImportError, RuntimeError) as error:
-                rows[name]["failed"] = str(error).partition("\n")[0]
+            except Exception as error:  # whatever a library raises: the others are still to be timed
+                rows[name]["failed"] = str(error).partition("\n")[0] or type(error).__name__
     times: dict[str, list[float]] = {name: [] for name in samplers}
     for _ in range(blocks):
         for name, sampler in samplers.items():
