@@ -1,6 +1,7 @@
 """What is compiled, how often, and what a run says of it."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from camshaft.errors import CamshaftError
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.testing.ranks import RankFailed, run_ranks
-from camshaft_compile.counting import Counting
+from camshaft_compile.counting import Counting, Events
+from camshaft_compile.watching import Watcher
 
 
 def counted(rank, world_size, scenario):
@@ -141,6 +143,19 @@ def test_strict_ends_the_run(make_recipe):
     assert issubclass(CamshaftError, Exception)
 
 
+def test_counts_add_up_until_they_are_recorded():
+    world, window = SimpleNamespace(is_main=True), SimpleNamespace(batches=[None])
+    state = SimpleNamespace(extras={}, step=0, world=world, window=window)
+    watcher = Watcher(state, "compile", SimpleNamespace(compiled=True, names=["a"]), strict=False)
+    events = iter(
+        [Events(graphs=1, breaks=["a"]), Events(recompiles=["b"]), Events(recompiles=["b", "c"], breaks=["d"])]
+    )
+    watcher._counting.take = lambda: next(events)
+    for _ in range(3):
+        watcher.end_window()
+    assert state.extras == {"plugin/compile/graph_breaks": 2, "plugin/compile/recompiles": 3}
+
+
 class Narrow(Plugin):
     """No room for more than one row from the third window on."""
 
@@ -211,10 +226,12 @@ def test_names_and_the_state_dict_are_those_of_the_uncompiled_model():
     fields = {"num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "head_dim": 4}
     model = Llama(ModelConfig(**(MODEL | fields)))
     names, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    model.model.layers[1].forward = recomputed = model.model.layers[1].forward  # of another plugin, such as recompute
     blocks = Blocks(Options(backend="eager"), World, model, "compile")
     assert World.pieces == {"model.layers.0", "model.layers.1", "model.layers.2"}
     assert list(model.state_dict()) == names and [name for name, _ in model.named_modules()] == modules
     own = [vars(layer).get("forward") for layer in model.model.layers]
     assert all(own)
     blocks.close()
+    assert vars(model.model.layers[1]).pop("forward") is recomputed
     assert not any("forward" in vars(module) for module in model.modules())

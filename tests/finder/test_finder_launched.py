@@ -85,6 +85,10 @@ def test_what_one_of_two_ranks_has_no_room_for_does_not_fit(start):
     assert [(each["micro_batch_size"], each["fits"]) for each in found["trials"]] == [(4, False), (2, True)]
     assert "4 rows" in found["trials"][0]["why"] and found["trials"][1]["peak_bytes"] > 1 << 20
     assert (found["micro_batch_size"], found["planned"]) == (2, 4)
+    trial = folder / "trials" / "micro_2"
+    assert yaml.safe_load((trial / "resolved.yaml").read_text())["batch"]["global_batch_size"] == 8, "2 microbatches"
+    peaks = [json.loads((trial / f"rank_{rank}.peak.json").read_text()) for rank in range(2)]
+    assert found["trials"][1]["peak_bytes"] == max(peaks)
     resolved = (folder / "resolved.yaml").read_text()
     assert yaml.safe_load(resolved)["batch"] == {
         "micro_batch_size": 2,

@@ -110,6 +110,24 @@ def test_halves_that_do_not_fit_are_halved_again_down_to_one_sample(recipe_of):
     assert_within(compare(records, reference), BOUNDS)
 
 
+class Shifts(Plugin):
+    """Changes each batch that it is given, in place: a second time it would be another one."""
+
+    draws = False
+
+    @hookimpl
+    def pre_forward(self, batch):
+        batch.tokens = (batch.tokens + 1) % 259
+
+
+def test_what_plugins_did_to_a_batch_that_did_not_fit_is_undone(recipe_of):
+    plugins, ranks = OWNERS["plain"]
+    reference = record_ranks(recipe_of(plugins, ranks, "stop"), ranks, {"shifts": Shifts()})[0]
+    short = {"shifts": Shifts(), "short": Short(0, 1, 1, 1, "backward")}
+    records = record_ranks(recipe_of(plugins, ranks, "halve"), ranks, short)[0]
+    assert_within(compare(records, reference), BOUNDS)
+
+
 @pytest.mark.parametrize(("way", "message"), [("halve", "one sample at a time"), ("stop", "tried to allocate 7 rows")])
 def test_a_sample_that_does_not_fit_and_a_recipe_that_says_stop_end_the_run(recipe_of, way, message):
     with pytest.raises(Exception, match=message):
