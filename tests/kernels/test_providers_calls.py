@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from camshaft import ops
 from camshaft.parts import Part, Parts, Piece
 
-MODULES = ("apex", "flash_attention", "transformer_engine")
+MODULES = ("apex", "flash_attention", "liger", "transformer_engine")
 
 
 @pytest.fixture
@@ -91,10 +91,11 @@ def test_apex_adamw_is_torchs(package):
     optimizer = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3)
     for step in (1, 2, 3):
         gradients = tensors(*SHAPES, seed=step)
+        scale = torch.tensor(0.5**step)  # another one each time: Adam does not see a constant factor
         for each, gradient in zip(theirs, gradients, strict=True):
-            each.grad = gradient * 0.5
+            each.grad = gradient * scale
         optimizer.step()
-        options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.3, "scale": torch.tensor(0.5)}
+        options = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.3, "scale": scale}
         update(mine, gradients, means, squares, step, **options)
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-6)
@@ -267,6 +268,49 @@ def test_transformer_engine(package):
     torch.testing.assert_close(
         module.cross_entropy()["cross_entropy"](logits, labels), ops.cross_entropy(logits, labels)
     )
+
+
+def test_what_liger_writes_over_is_a_copy(package):
+    """Its kernels put the rotated vectors, and the gradient of the logits, where they found their inputs."""
+
+    def rotated(value, cos, sin):
+        half = value.shape[-1] // 2
+        turned = torch.cat((-value[..., half:], value[..., :half]), -1)
+        return value * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+    def rope(q, k, cos, sin):
+        return tuple(each.copy_(rotated(each, cos, sin)) for each in (q, k))
+
+    def loss(logits, labels, *plain):
+        assert plain == (None, -100, 0.0, 0.0, "sum") and logits.dtype == torch.float32
+        found = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        logits.fill_(float("nan"))
+        return found, None
+
+    given = {"LigerRopeFunction": rope, "LigerCrossEntropyFunction": loss}
+    for place, name in LIGER.items():
+        package(f"liger_kernel.ops.{place}", **{name: SimpleNamespace(apply=given.get(name))})
+    module, (q, k, _) = adapter("liger"), heads()
+    angles = torch.arange(12.0).view(1, 12, 1, 1) * torch.tensor([1.0, 0.3, 0.1, 0.03] * 2)
+    signed = angles.sin() * torch.tensor([-1.0] * 4 + [1.0] * 4)
+    kept = [each.clone() for each in (q, k)]
+    made = module.rope()["rope"](q, k, (angles.cos(), signed), torch.float32)
+    assert torch.equal(q, kept[0]) and torch.equal(k, kept[1])
+    for one, other in zip(made, ops.rope(q, k, (angles.cos(), signed), torch.float32), strict=True):
+        torch.testing.assert_close(one, other)
+    (logits,), labels = tensors((2, 5, 11)), torch.tensor([[0, 10, -100, 3, 4]] * 2)
+    found = module.cross_entropy()["cross_entropy"](logits, labels)
+    torch.testing.assert_close(found, ops.cross_entropy(logits, labels))
+
+
+LIGER = {
+    "cross_entropy": "LigerCrossEntropyFunction",
+    "fused_linear_cross_entropy": "LigerFusedLinearCrossEntropyFunction",
+    "layer_norm": "LigerLayerNormFunction",
+    "rms_norm": "LigerRMSNormFunction",
+    "rope": "LigerRopeFunction",
+    "swiglu": "LigerSiLUMulFunction",
+}
 
 
 def test_liger_is_too_old_before_0_6(monkeypatch):
