@@ -9,6 +9,8 @@ from camshaft import ops
 TRITON = "interpreted"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
+SHAPES = [(1, 2), (3, 7, 37), (2, 5, 256), (501, 3), (2, 3, 4, 6), (203, 100), (5, 5000)]
+"""The last two: several tiles a program in the backward, loaded ahead, and too wide for that in fp32 and fp64."""
 
 
 def kernels():
@@ -37,7 +39,9 @@ def sum_rounded_to(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 2), (3, 7, 37), (2, 5, 256), (501, 3), (2, 3, 4, 6), (2, 5000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (3, 7, 37), (2, 5, 256), (501, 3), (2, 3, 4, 6), (203, 100), (5, 5000)], ids=str
+)
 def test_equal_to_torch(shape, dtype):
     weight = randn(shape[-1], dtype=dtype, seed=1)
     compare(norm_alone(kernels()), norm_alone(ops), randn(*shape, dtype=dtype), weight)

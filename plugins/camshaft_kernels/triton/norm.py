@@ -71,7 +71,7 @@ def backward_kernel(
     """``tiles`` tiles, one after another: the input's gradient (plus ``extra``), and this program's sum for the weight.
 
     With x' = x / rms and g = gradient * weight: dx = (g - x' * mean(g * x')) / rms, and dw is the sum over rows
-    of gradient * x'. ``AHEAD``: the next tile is loaded while this one is summed.
+    of gradient * x'. ``AHEAD``: registers hold the weight, and the next tile, loaded while this one is summed.
     """
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < columns
@@ -86,17 +86,21 @@ def backward_kernel(
         there = (row < end) & inside
         scale = tl.load(scales + row, mask=row < end, other=0.0)
         unit, into = wide(values) * scale, wide(upstreams)
-        if EXTRA:
-            more = tl.load(extra + row * extra_stride + column, mask=there, other=0.0)
         later = row + ROWS
         if AHEAD:
+            if EXTRA:
+                more = tl.load(extra + row * extra_stride + column, mask=there, other=0.0)
             values = tl.load(value + later * value_stride + column, mask=(later < end) & inside, other=0.0)
             upstreams = tl.load(upstream + later * upstream_stride + column, mask=(later < end) & inside, other=0.0)
         if PARTIAL:
             total += into * unit
+        if not AHEAD:
+            gain = wide(tl.load(weight + column, mask=inside, other=0.0))
         into = into * gain
         found = (into - unit * (tl.sum(into * unit, 1)[:, None] / columns)) * scale
         if EXTRA:
+            if not AHEAD:
+                more = tl.load(extra + row * extra_stride + column, mask=there, other=0.0)
             found += wide(more)
         tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
         if not AHEAD:
