@@ -103,8 +103,9 @@ class Halver:
                 raise OutOfMemory(f"out of memory with one sample at a time ({lack}). Shorten data.sequence_length")
             pieces, self._times = smaller, self._times + 1
             _log.warning(
-                "out of memory at step %d (%s): microbatches are run in %d pieces each from here on",
+                "out of memory at step %d (%s): microbatches are run in %d pieces each from here on%s",
                 *(state.step, lack, 2**self._times),
+                ", which draw random numbers of their own" if state.world.draws else "",
             )
         if self._times:
             state.extras["memory/halvings"] = self._times

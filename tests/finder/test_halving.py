@@ -8,7 +8,7 @@ from camshaft.claims import Claim, Plan
 from camshaft.plugin import Plugin, hookimpl
 from camshaft.recipe import check
 from camshaft.testing.compare import assert_within, compare
-from camshaft.testing.run import record_ranks
+from camshaft.testing.run import record_rank, record_ranks
 
 pytestmark = pytest.mark.broad
 
@@ -30,6 +30,8 @@ UNDISTURBED = {}
 
 class Short(Plugin):
     """No room for more than ``rows`` on one rank, from one step on, at one microbatch of it, in one direction."""
+
+    draws = False
 
     def __init__(self, rank, rows, step, microbatch, where):
         super().__init__()
@@ -126,6 +128,24 @@ def test_what_plugins_did_to_a_batch_that_did_not_fit_is_undone(recipe_of):
     short = {"shifts": Shifts(), "short": Short(0, 1, 1, 1, "backward")}
     records = record_ranks(recipe_of(plugins, ranks, "halve"), ranks, short)[0]
     assert_within(compare(records, reference), BOUNDS)
+
+
+class Wet(Plugin):
+    """Dropout behind a layer; ``draws`` is for plugins that say nothing."""
+
+    @hookimpl
+    def bind(self, state):
+        layer = state.model.get_submodule("model.layers.1.mlp")
+        layer.register_forward_hook(lambda module, given, made: torch.nn.functional.dropout(made, 0.2))
+
+
+@pytest.mark.parametrize("wet", [False, True])
+def test_where_halves_draw_other_random_numbers_the_run_says_so(recipe_of, wet, caplog):
+    observers = {"short": Short(0, 2, 1, 0, "forward"), **({"wet": Wet()} if wet else {})}
+    record_rank(0, 1, recipe_of(*OWNERS["plain"], "halve"), observers)
+    (warning,) = [record.message for record in caplog.records if "out of memory at step 1" in record.message]
+    assert warning.endswith("from here on") == (not wet)
+    assert warning.endswith("random numbers of their own") == wet
 
 
 @pytest.mark.parametrize(("way", "message"), [("halve", "one sample at a time"), ("stop", "tried to allocate 7 rows")])
