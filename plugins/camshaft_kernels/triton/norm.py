@@ -1,8 +1,8 @@
 """RMSNorm, alone and of a sum with a residual, each one pass over memory forward and one backward.
 
 Zhang and Sennrich 2019. Statistics are in fp32 (fp64 of fp64). The weight's gradient is summed by a fixed number of
-programs, each over its own rows, into one row of partial sums each, which torch then adds: no atomics, so two runs give
-the same bits. What is kept for the backward is the input (or the sum), the weight and one number a row.
+programs, each over its own rows, into one row of partial sums each, which a second kernel adds: no atomics, so two runs
+give the same bits. What is kept for the backward is the input (or the sum), the weight and one number a row.
 """
 
 from __future__ import annotations
