@@ -3,7 +3,8 @@
 A layer keeps its input in bf16 and makes 8 bits of it and of its weight again in backward, so no copy of the weight is
 kept. Compiled, with one scale for a whole tensor, the 8 bits themselves are kept, of both: Inductor does not read a
 tensor again to make less of it. With a scale for each row the products of backward need other 8 bits than those of the
-forward, and a weight's gradient in bf16 needs the input in bf16.
+forward: then nothing of both is kept, and what the input is made of is read again. A weight's gradient in bf16 needs
+the input in bf16.
 """
 
 from __future__ import annotations
@@ -29,26 +30,27 @@ def change(options: Fp8, context: PlanContext, kept: tuple[Kept, ...]) -> Iterat
     """``kept`` with those linear layers in fp8 that ``options`` choose."""
     assert context.config is not None
     layers = frozenset(choice.chosen(context.config, options.keep))
-    eight = COMPILE in context.plugins and options.recipe == "tensorwise"
-    inputs = eight and options.weight_gradient == "fp8"
+    compiled, rowwise = COMPILE in context.plugins, options.recipe == "rowwise"
+    eight = compiled and not rowwise
+    inputs = compiled and options.weight_gradient == "fp8"
     for each in kept:
         if each.name == "weight" and each.module in layers:
             if eight:
                 yield replace(each, bytes=each.bytes // 2, once=-(each.bytes // 2))
         elif inputs and _taker(each) in layers:
-            yield from _narrowed(each)
+            yield from _narrowed(each, 0 if rowwise else each.bytes // 2)
         else:
             yield each
 
 
-def _narrowed(each: Kept) -> Iterator[Kept]:
-    """A layer's input, of which 8 bits are kept; but what attention makes it keeps itself."""
-    half = each.bytes // 2
-    if each.name == "out":
-        yield each
-        yield replace(each, name="out in 8 bits", bytes=half, once=-half, flops=0.0)
-    else:
-        yield replace(each, bytes=half, once=each.once + each.bytes - half)
+def _narrowed(each: Kept, size: int) -> Iterator[Kept]:
+    """A layer's input, of which ``size`` bytes are kept; but what attention makes, attention keeps too."""
+    if each.name != "out":
+        yield replace(each, bytes=size, once=each.once + each.bytes - size)
+        return
+    yield each
+    if size:
+        yield replace(each, name="out in 8 bits", bytes=size, once=-size, flops=0.0)
 
 
 def _taker(each: Kept) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from camshaft.estimate import PASSING, Estimate, Sent, Sizes, state_bytes
+from camshaft.estimate import CLOSING, PASSING, Estimate, Sent, Sizes, state_bytes
 from camshaft_zero.grouping import Group, Item, buckets, by_module, kept, parent, slots
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def estimate(options: Options, placement: Placement, context: PlanContext, sizes
     groups = plan_groups(options, sizes, divided)
     slices = copies if placement.optimizer_outer else 1
     buffers = _buffers(options, sizes, groups, ranks * slices, divided, each)
+    if sizes.widths.gradient != sizes.widths.master:
+        widened = -(-sizes.trained // (ranks * slices)) * sizes.widths.master
+        buffers.append((f"gradients in the masters' dtype, {CLOSING}", widened))
     sent = _sent(options, placement, sizes, groups, (ranks, copies), divided, each)
     return Estimate(state, tuple(buffers), tuple(entry for entry in sent if entry.bytes), tuple(_notes(sizes, each)))
 

@@ -58,3 +58,18 @@ def test_compiled_layers_in_fp8_keep_eight_bits_of_what_products_take(make_recip
         assert (first[place], second[place]) == (2 * elements, elements)
     assert second[("self_attn", "out in 8 bits")] * 2 == second[("self_attn", "out")] == 2 * tokens * queries
     assert first.keys() | {("self_attn", "out in 8 bits")} == second.keys()
+
+
+def test_compiled_layers_with_scales_of_rows_read_again_what_their_inputs_are_made_of(make_recipe):
+    eight, rows = compiled(make_recipe, {}, 1), compiled(make_recipe, {"recipe": "rowwise"}, 1)
+    gone = {place for place in eight.keys() - rows.keys() if place[1] != "weight"}
+    assert gone == {
+        ("input_layernorm", "output for q_proj"),
+        ("post_attention_layernorm", "output for gate_proj"),
+        ("mlp", "activated"),
+        ("self_attn", "out in 8 bits"),
+    }
+    assert not any(name == "weight" for _, name in rows) and rows.keys() < eight.keys()
+    wide = compiled(make_recipe, {"weight_gradient": "bf16"}, 1)
+    assert wide[("mlp", "activated")] == 2 * eight[("mlp", "activated")]
+    assert wide[("mlp.down_proj", "weight")] == eight[("mlp.down_proj", "weight")]

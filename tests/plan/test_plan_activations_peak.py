@@ -41,6 +41,13 @@ CASES = {
     "zero 1": ({"zero": {"stage": 1, "bucket_size_mb": 0.1}}, BROAD, LONG, {"data_parallel": 2}, FOUR),
     "zero 2": ({"zero": {"stage": 2, "bucket_size_mb": 0.1}}, BROAD, LONG, {"data_parallel": 2}, FOUR),
     "zero 3": ({"zero": {"stage": 3}}, TALL, LONG, {"data_parallel": 2}, FOUR),
+    "zero 1, bf16 parameters, mostly state": (
+        {**NARROW, "zero": {"stage": 1, "bucket_size_mb": 0.1}},
+        BROAD,
+        {"sequence_length": 8},
+        {"data_parallel": 2},
+        {"micro_batch_size": 1, "global_batch_size": 4},
+    ),
     "tp and sp": ({"tensor_parallel": {"sequence_parallel": True}}, {**TALL, **UNTIED}, LONG, TP, FOUR),
     "pp": ({"pipeline": {"schedule": "1f1b"}}, {**TALL, **UNTIED}, LONG, PP, FOUR),
 }
