@@ -95,6 +95,8 @@ class Runtime:
 
     _spared = 0.0
     """Floating-point operations of what the budget lets keep."""
+    _spared_calls = 0
+    """Operations that do not run again because of that."""
 
     def _lines(self, saved: int, kept: int, flops: float) -> Iterator[str]:
         where, tally = f"in {len(self._regions)} modules", self._tally
@@ -104,7 +106,7 @@ class Runtime:
             yield f"recompute: {_bytes(saved)} a microbatch wait in the host's memory {where}; nothing runs again"
         else:
             share = f" ({flops / tally.flops:.0%} of theirs)" if tally.flops else ""
-            calls = sum(each.again.calls for each in tally.calls)
+            calls = sum(each.again.calls for each in tally.calls) - self._spared_calls
             yield (
                 f"recompute: saves {_bytes(saved)} a microbatch and keeps {_bytes(kept)} {where}; costs "
                 f"{flops / 1e9:.4g} GFLOP of products and attention{share} in {calls} operations more"
@@ -153,9 +155,11 @@ class Runtime:
         if choice is None:
             region.plain = True
             self._spared += sum(call.again.flops for call in calls)
+            self._spared_calls += sum(call.again.calls for call in calls)
             return sum(call.dropped for call in calls)
         region.keeper = Keeper(makes, choice) if choice else None
         self._spared += sum(call.first.done[number].flops for call in calls for number in choice)
+        self._spared_calls += len(calls) * len(choice)
         return sum(costs[number].bytes for number in choice)
 
     def _agreed(self, own: list[list[Cost]]) -> list[list[Cost]]:

@@ -88,6 +88,8 @@ def test_a_run_keeps_no_more_than_its_budget(make_recipe, budget):
         assert kept == inputs and "inputs alone are 36 KiB, more than the budget of 0 B" in lines[1]
         assert extras["plugin/recompute/extra_share"] == 1.0
         return
+    again = int(lines[0].rpartition(" operations more")[0].rpartition(" ")[2])
+    assert (again == 0) == (budget == 10_000_000), "of what is kept nothing runs again"
     assert inputs < kept <= budget and len(lines) == 1
     # Chosen by measured times: with little room, what is kept may be what costs time and no product.
     assert extras["plugin/recompute/extra_share"] <= 1.0
