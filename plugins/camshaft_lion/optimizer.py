@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+RUN = 2**24
+"""Elements that are updated together: their directions are there at once, those of all would take as much memory as
+all averages."""
 
 
 class Lion(Optimizer):
@@ -20,8 +24,8 @@ class Lion(Optimizer):
         """Update every tensor that has a gradient."""
         for group in self.param_groups:
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
-            if tensors:
-                self._update(tensors, group)
+            for run in _runs(tensors):
+                self._update(run, group)
 
     def _update(self, tensors: list[torch.Tensor], group: dict[str, Any]) -> None:
         gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
@@ -35,3 +39,17 @@ class Lion(Optimizer):
         torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(tensors, direction, alpha=-group["lr"])
         torch._foreach_lerp_(averages, gradients, 1 - beta2)
+
+
+def _runs(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors in their order, in runs of at most ``RUN`` elements, or of one tensor."""
+    run: list[torch.Tensor] = []
+    left = RUN
+    for tensor in tensors:
+        if run and tensor.numel() > left:
+            yield run
+            run, left = [], RUN
+        run.append(tensor)
+        left -= tensor.numel()
+    if run:
+        yield run
