@@ -213,7 +213,7 @@ def test_graph_breaks_of_the_warm_up_are_in_the_metrics_and_then_zero(make_recip
     assert "graph_break" in (tmp_path / "told").read_text()
 
 
-def test_names_and_the_state_dict_are_those_of_the_uncompiled_model():
+def test_names_and_the_state_dict_are_those_of_the_uncompiled_model(monkeypatch):
     from camshaft.models.config import ModelConfig
     from camshaft.models.llama import Llama
     from camshaft_compile import Options
@@ -227,7 +227,10 @@ def test_names_and_the_state_dict_are_those_of_the_uncompiled_model():
     model = Llama(ModelConfig(**(MODEL | fields)))
     names, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
     model.model.layers[1].forward = recomputed = model.model.layers[1].forward  # of another plugin, such as recompute
+    whole = []
+    monkeypatch.setattr(torch, "compile", lambda inner, **named: (inner, whole.append(named["fullgraph"]))[0])
     blocks = Blocks(Options(backend="eager"), World, model, "compile")
+    assert whole == [False, True, False], "what recomputes is one graph or nothing"
     assert World.pieces == {"model.layers.0", "model.layers.1", "model.layers.2"}
     assert list(model.state_dict()) == names and [name for name, _ in model.named_modules()] == modules
     own = [vars(layer).get("forward") for layer in model.model.layers]

@@ -31,6 +31,15 @@ def saved(make_recipe, ranks, options, **settings):
     ]
 
 
+def test_what_is_gone_comes_back_in_backward(make_recipe):
+    """The fullest moment of a step has a layer's rows again, by what made them."""
+    plain, full = (table(recipe(make_recipe, 1, each), 1, 0) for each in (None, FULL))
+    layers = [each for each in plain if each.module.startswith("model.layers.") and each.made != "input"]
+    again = {(each.module, each.name): each.again for each in full if each.again}
+    assert again == {(each.module, each.name): each.bytes for each in layers} and len(again) > 4
+    assert not any(each.again for each in plain)
+
+
 def test_the_plan_says_what_it_does_not_count(make_recipe):
     for parallel, said in (("tp", True), ("sp", True), ("pp", False)):
         resolved = recipe(make_recipe, 2, FULL, **PARALLEL[parallel])
