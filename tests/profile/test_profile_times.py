@@ -135,6 +135,7 @@ def test_what_seems_to_end_after_what_it_is_in_is_cut():
 def test_the_first_window_does_not_tell_the_profilers_cost():
     assert plain_seconds([]) is None and plain_seconds([9.0]) is None
     assert plain_seconds([9.0, 1.0, 3.0, 2.0]) == 2.0
+    assert plain_seconds([9.0, 50.0, 1.0]) == 1.0, "the second window compiled, and three are what is run by default"
 
 
 @pytest.mark.parametrize(

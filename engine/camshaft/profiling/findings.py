@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 from camshaft.datasheet import peak
@@ -116,5 +116,8 @@ def utilisation(flops_per_token: float, tokens_per_s: float, devices: int, devic
 
 
 def plain_seconds(windows: Sequence[float]) -> float | None:
-    """Seconds of a window without the profiler: the median, without the first, which sets things up. None if alone."""
-    return median(windows[1:]) if len(windows) > 1 else None
+    """Seconds of a window without the profiler: the median, without the first, which sets things up. None if alone.
+
+    Of two the shorter one: the second window of a run is the one that compiles.
+    """
+    return median_low(windows[1:]) if len(windows) > 1 else None
