@@ -47,14 +47,19 @@ UNCOUNTED = tl.constexpr(IGNORED)
 
 
 @jit
-def grow(
-    start: tl.tensor, column: tl.tensor, columns: tl.tensor, largest: tl.tensor, total: tl.tensor,
-    MASKED: tl.constexpr, KEPT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """``largest`` [lanes] and ``total`` [lanes] with one more tile [lanes, width] of the row."""
+def fetch(
+    start: tl.tensor, column: tl.tensor, columns: tl.tensor, MASKED: tl.constexpr, KEPT: tl.constexpr
+) -> tl.tensor:
+    """One tile [lanes, width] of the row, -inf where it ends. ``KEPT``: it will be read again."""
     there = column < columns if MASKED else None
     other = float("-inf") if MASKED else None
-    value = wide(tl.load(start + column, mask=there, other=other, eviction_policy="evict_last" if KEPT else ""))
+    return tl.load(start + column, mask=there, other=other, eviction_policy="evict_last" if KEPT else "")
+
+
+@jit
+def grow(tile: tl.tensor, largest: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """``largest`` [lanes] and ``total`` [lanes] with one more tile."""
+    value = wide(tile)
     grown = tl.maximum(largest, tl.max(value, 1))
     pivot = tl.where(grown == float("-inf"), 0.0, grown)  # all masked so far: -inf less itself is nan
     return grown, total * exponential(largest - pivot) + tl.sum(exponential(value - pivot[:, None]), 1)
@@ -66,13 +71,22 @@ def normalise(
     FULL: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     KEPT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(Largest logit of one row, sum of exponentials of all less that): apart, large logits cost no digits."""
+    """(Largest logit of one row, sum of exponentials of all less that): apart, large logits cost no digits.
+
+    Each tile is loaded while the one before is summed.
+    """
     largest = tl.full((LANES,), float("-inf"), dtype=WIDE)
     total = tl.zeros((LANES,), dtype=WIDE)
-    for turn in range(FULL):
-        largest, total = grow(start, turn * BLOCK + place, columns, largest, total, False, KEPT)
-    if TAIL:
-        largest, total = grow(start, FULL * BLOCK + place, columns, largest, total, True, KEPT)
+    tile = fetch(start, place, columns, FULL == 0, KEPT)
+    for turn in range(1, FULL):
+        later = fetch(start, turn * BLOCK + place, columns, False, KEPT)
+        largest, total = grow(tile, largest, total)
+        tile = later
+    if FULL > 0 and TAIL:
+        rest = fetch(start, FULL * BLOCK + place, columns, True, KEPT)
+        largest, total = grow(tile, largest, total)
+        tile = rest
+    largest, total = grow(tile, largest, total)
     peak = tl.max(largest, 0)
     return peak, tl.sum(total * exponential(largest - tl.where(peak == float("-inf"), 0.0, peak)), 0)
 

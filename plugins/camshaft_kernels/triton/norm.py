@@ -79,12 +79,16 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64) * tiles * ROWS + tl.arange(0, ROWS)[:, None]
     end = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * tiles * ROWS, count)
     total = tl.zeros((ROWS, BLOCK), dtype=partial.dtype.element_ty)
-    values = tl.load(value + row * value_stride + column, mask=(row < end) & inside, other=0.0)
-    upstreams = tl.load(upstream + row * upstream_stride + column, mask=(row < end) & inside, other=0.0)
+    if AHEAD:
+        values = tl.load(value + row * value_stride + column, mask=(row < end) & inside, other=0.0)
+        upstreams = tl.load(upstream + row * upstream_stride + column, mask=(row < end) & inside, other=0.0)
     turn = 0
     while turn < tiles:  # not range: the interpreter of triton 3.6 has none of a number that comes at run time
         there = (row < end) & inside
         scale = tl.load(scales + row, mask=row < end, other=0.0)
+        if not AHEAD:
+            values = tl.load(value + row * value_stride + column, mask=there, other=0.0)
+            upstreams = tl.load(upstream + row * upstream_stride + column, mask=there, other=0.0)
         unit, into = wide(values) * scale, wide(upstreams)
         later = row + ROWS
         if AHEAD:
@@ -103,9 +107,6 @@ def backward_kernel(
                 more = tl.load(extra + row * extra_stride + column, mask=there, other=0.0)
             found += wide(more)
         tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
-        if not AHEAD:
-            values = tl.load(value + later * value_stride + column, mask=(later < end) & inside, other=0.0)
-            upstreams = tl.load(upstream + later * upstream_stride + column, mask=(later < end) & inside, other=0.0)
         row = later
         turn += 1
     if PARTIAL:
