@@ -39,8 +39,8 @@ OURS, FP8, LEAN = "Camshaft", "Camshaft, fp8", "Camshaft, selective recompute"
 PLAIN, EAGER = "PyTorch, compiled", "PyTorch"
 NAMES = (OURS, LEAN, PLAIN, EAGER, FP8)
 TARGETS = {"mfu": 0.55, "speed": 1.05, "fp8": 1.2, "memory": 0.7}
-"""MFU of ours; ours over the better of PyTorch's; fp8 over ours in bf16; peak memory of the lean one over PyTorch's, plain
-and compiled."""
+"""MFU of ours; ours over the better of PyTorch's; fp8 over ours in bf16; peak memory of the lean one over PyTorch's,
+plain and compiled."""
 
 
 @dataclass(frozen=True, slots=True)
