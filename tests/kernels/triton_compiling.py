@@ -99,12 +99,12 @@ def gates(dtype):
 
 def losses(vocabulary, dtype):
     block = min(launch.power_of_two(vocabulary), loss.ELEMENTS)
-    lanes, width, threads = loss.row_launch(vocabulary, SIZES[dtype])
-    full, rest = divmod(vocabulary, lanes * width)
     pointers = {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "peaks": "*fp32", "totals": "*fp32"}
     even = vocabulary % ARITHMETIC == 0
     chosen = {} if even else {"uneven": UNEVEN | {"columns"}, "narrow": None}
     for in_place in (False, True):
+        lanes, width, threads = loss.row_launch(vocabulary, SIZES[dtype], in_place=in_place)
+        full, rest = divmod(vocabulary, lanes * width)
         arguments = pointers | {"stride": "i32", "columns": "i32", "gain": "fp32"}
         arguments |= {"IN_PLACE": in_place, "FULL": full, "TAIL": rest > 0, "LANES": lanes, "WIDTH": width}
         name = f"loss {vocabulary} {dtype} {in_place}"

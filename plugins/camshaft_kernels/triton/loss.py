@@ -41,7 +41,7 @@ LOADS = 4
 """Loads of 16 bytes in flight for each thread of a program that takes a row in turns."""
 
 ROW_BYTES = 8192
-"""Bytes of a row for each warp: few warps for short rows, of which many are in flight, 32 for the longest."""
+"""Bytes of a row for each warp: few warps for short rows, of which many are in flight."""
 
 UNCOUNTED = tl.constexpr(IGNORED)
 
@@ -170,14 +170,15 @@ def gradient_kernel(
     tl.store(gradient + row * columns + column, narrow(found, gradient.dtype.element_ty), mask=there)
 
 
-def row_launch(columns: int, itemsize: int) -> tuple[int, int, int]:
+def row_launch(columns: int, itemsize: int, *, in_place: bool) -> tuple[int, int, int]:
     """(Lanes, elements of each, threads) of a program that takes a row in turns.
 
-    With 256 KB (a vocabulary of 128,256 in bf16) 32 warps, of which a multiprocessor holds one such program: 132 rows
-    are 34 MB, and an H100's L2 has 50. A row half as long gets half the warps, so twice as many rows are in flight.
+    Written in place, a row of 256 KB (a vocabulary of 128,256 in bf16) gets 32 warps, and a multiprocessor holds one
+    such program: 132 rows are 34 MB, and an H100's L2 has 50. A row half as long gets half the warps, so twice as many
+    rows are in flight. What is read once gets few: while one program begins or ends a row, others load.
     """
     width = VECTOR // itemsize
-    threads = 32 * min(power_of_two(columns * itemsize // ROW_BYTES), 32)
+    threads = 32 * min(power_of_two(columns * itemsize // ROW_BYTES), 32 if in_place else 8)
     return min(threads * LOADS, power_of_two(ceil_div(columns, width))), width, threads
 
 
@@ -190,7 +191,7 @@ def losses_of(matrix: Tensor, labels: Tensor, *, in_place: bool, gain: float = 1
     losses = torch.empty(count, dtype=computed(matrix.dtype), device=matrix.device)
     peaks, totals = torch.empty_like(losses), torch.empty_like(losses)
     if count:
-        lanes, width, threads = row_launch(columns, matrix.element_size())
+        lanes, width, threads = row_launch(columns, matrix.element_size(), in_place=in_place)
         with on_device_of(matrix):
             loss_kernel[(count,)](
                 matrix, matrix.stride(0), labels, losses, peaks, totals, columns, gain, IN_PLACE=in_place,
