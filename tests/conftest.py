@@ -14,6 +14,8 @@ pytest_plugins = ("broad", "forked", "spent")
 
 # Before torch is: tests are as many processes as there are cores, and a second thread of each only waits, busily.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anybody asks for a GPU: see camshaft.testing.ranks, which tests import later.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def pytest_collection_finish():

@@ -18,6 +18,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# Asking whether there is a GPU starts CUDA else, and in what is forked from a process that has, torch's own optimizers
+# fail, which ask CUDA something in every step. Ranks of tests run on the CPU, also beside a GPU.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 FORKED_WITH = ["torch._dynamo"]
 """Modules that ranks are forked with, for each would import them anew: torch itself imports that one in the first step,
 and half a second of modules with it. A project adds those of its own that importing does not tie to a process.

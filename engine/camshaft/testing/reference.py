@@ -7,6 +7,7 @@ no plugins, no accumulation.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from camshaft.models.llama import Llama
 from camshaft.recipe import check
 from camshaft.recipe.length import sample_limit, total_steps
 from camshaft.state import BatchPlan
+from camshaft.testing.ranks import run_ranks
 from camshaft.testing.record import StepRecord
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 WIDE = {"fp64": torch.float64}
 """Of what the optimizer updates; fp32 where nothing is said."""
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TIMEOUT_S = 600.0
 
 
 def plain_run(
@@ -52,7 +55,42 @@ def plain_run(
     dtype: then a second model in that dtype computes, and the first one holds the fp32 weights that are updated).
     fp16 scales the loss with torch's own ``GradScaler`` (first scale and growth interval in ``loss_scale``); the
     optimizer must not be fused then. The norm of a skipped step is None.
+
+    Beside a GPU it runs in a fork: a first backward starts a thread for each device, and autograd then refuses to run
+    in what is forked from there, as ranks are.
     """
+    run = partial(
+        _run,
+        resolved,
+        data,
+        optimizer,
+        compute=compute,
+        max_norm=max_norm,
+        factor=factor,
+        prepare=prepare,
+        parameters=parameters,
+        loss_scale=loss_scale,
+    )
+    if not torch.cuda.is_available():
+        return run()
+    (records,) = run_ranks(1, lambda rank, world_size: run(), timeout_s=TIMEOUT_S)
+    found: list[StepRecord] = records
+    return found
+
+
+def _run(
+    resolved: Resolved,
+    data: Prepared,
+    optimizer: Callable[[Llama], Optimizer],
+    *,
+    compute: str,
+    max_norm: float | None,
+    factor: Callable[[int, int], float],
+    prepare: Callable[[Llama], Any],
+    parameters: str | None,
+    loss_scale: tuple[float, int],
+) -> list[StepRecord]:
+    """All of it, in this process."""
     recipe = resolved.recipe
     config = check(resolved, 1).require().config
     assert config is not None
