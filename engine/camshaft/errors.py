@@ -80,8 +80,13 @@ class Interrupted(CamshaftError):
     exit_status = 130
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch's plain RuntimeErrors say: its CPU allocator, CUDA outside torch's own allocator, cuBLAS."""
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)  # fmt: skip
+"""What plain RuntimeErrors say: torch's CPU allocator, CUDA outside torch's own allocator, cuBLAS, cuDNN, and Triton
+where it loads a kernel's code.
+"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
