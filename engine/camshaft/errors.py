@@ -82,7 +82,7 @@ class Interrupted(CamshaftError):
 
 _OUT_OF_MEMORY = (
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-    "Triton Error [CUDA]: out of memory",
+    "Error [CUDA]: out of memory",
 )  # fmt: skip
 """What plain RuntimeErrors say: torch's CPU allocator, CUDA outside torch's own allocator, cuBLAS, cuDNN, and Triton
 where it loads a kernel's code.
