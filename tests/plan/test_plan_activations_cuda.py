@@ -16,7 +16,7 @@ from camshaft.recipe import check
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's own count of its memory")
 
 RUN = """
-import sys, torch
+import os, sys, torch
 from camshaft.distributed import Environment
 from camshaft.loop import session
 from camshaft.recipe import load
@@ -26,7 +26,8 @@ from camshaft.testing.run import Quiet
 resolved = load(sys.argv[1], world_size=1)
 with session(resolved, Environment(0, 0, 1, 1, "none"), RunDirectory(resolved.recipe.run.dir)) as trainer:
     trainer.train(Quiet(), Quiet())
-    print(torch.cuda.max_memory_allocated())
+    print(torch.cuda.max_memory_allocated(), flush=True)
+os._exit(0)  # torch's pool of compilers may take minutes to end
 """
 AUTOCAST = {"precision": {"compute": "bf16"}}
 NARROW = {"precision": {"compute": "bf16", "parameters": "bf16"}}
