@@ -138,10 +138,10 @@ def test_a_plugin_without_a_hook_that_runs_is_named_with_reason_and_fix(resolved
 
 def test_a_plugin_that_offers_implementations_has_an_effect_when_one_is_taken(resolved):
     ((found,),) = problems(resolved, {"offers": Offers()})
-    assert found[:2] == (
-        "plugins.offers",
-        "did nothing by the end of step 1: none of the implementations of operations that it offers was taken, or "
-        "weighed against others",
+    assert found[0] == "plugins.offers"
+    assert found[1] == (
+        "did nothing by the end of step 1: none of the implementations of operations that it offers was taken, "
+        "or weighed against others"
     )
     assert problems(resolved, {"offers": Offers(), "takes": Takes()}) == [[]]
 
