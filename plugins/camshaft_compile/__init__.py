@@ -20,8 +20,8 @@ but all of it in the first window. Other backends keep what they are given. Clai
 compiled one is in ``world.pieces``.
 
 Refused: modules inside of which others put hooks or forwards later (split backwards of a pipeline, DeepSpeed's stage
-3), the backend ``inductor`` where there is no compiler, CUDA graphs elsewhere than on CUDA or with several microbatches
-a step. This module imports no torch.
+3), the backend ``inductor`` where there is no compiler, CUDA graphs elsewhere than on CUDA, with several microbatches a
+step, or with attention that takes bounds of documents. This module imports no torch.
 """
 
 from __future__ import annotations

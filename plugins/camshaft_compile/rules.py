@@ -69,6 +69,13 @@ def _of_graphs(options: Options, context: PlanContext, key: str, without: str) -
         reason = "a replayed CUDA graph writes where it wrote before, and a pipeline holds several microbatches at once"
     if reason is not None:
         yield Problem(reason, key=key, fix=f"set {without}")
+    elif (place := _bounds_of_documents(context)) is not None:
+        yield Problem(
+            "a CUDA graph has one shape, and attention inside of documents is given one more number for each document "
+            "of a batch: nearly every step would record anew",
+            key=key,
+            fix=f"set {place}=torch, which takes a mask, or data.document_mask=false, or {without}",
+        )
     elif (times := _microbatches(context)) > 1:
         # github.com/pytorch/pytorch/issues/169545 (an error) and 96693 (wrong sums).
         yield Problem(
@@ -78,6 +85,14 @@ def _of_graphs(options: Options, context: PlanContext, key: str, without: str) -
             fix=f"set {without}, or make all that a rank has of a batch one microbatch "
             "(batch.micro_batch_size), without batch.on_out_of_memory=halve",
         )
+
+
+def _bounds_of_documents(context: PlanContext) -> str | None:
+    """The recipe's key by which attention takes bounds of documents, not a mask; None: it does not."""
+    data, wishes = context.recipe.data, context.recipe.plugins.get("kernels")
+    wish = getattr(wishes, "document_attention", None) or getattr(wishes, "all", None)
+    masked = data.pack and data.document_mask
+    return "plugins.kernels.document_attention" if masked and wish not in (None, "torch") else None
 
 
 def _microbatches(context: PlanContext) -> int:
