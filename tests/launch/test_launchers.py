@@ -68,6 +68,17 @@ def test_torchrun_under_the_front_listens_nowhere_and_stops_on_request(tmp_path)
     assert (run / "saved_0").exists() and (run / "saved_1").exists()
 
 
+def test_torchrun_whose_front_is_killed_does_not_stay(tmp_path):
+    run = tmp_path / "run"
+    with started(front(run, "torchrun", "calm"), tmp_path / "out") as process:
+        beats = process.steps(run, 2, 5)
+        agent = next(each for each in ancestors(beats[0].process.pid) if "torchrun" in words_of(each))
+        process.others.add(agent)
+        process.popen.kill()
+        until(lambda: not any(alive(beat.process) for beat in beats), 4, "the ranks of a killed front end")
+        until(lambda: not alive(agent), 10, "torchrun ends too")
+
+
 def test_torchrun_alone_killed_leaves_no_rank(tmp_path):
     run = tmp_path / "run"
     with started([*TORCHRUN, "calm"], tmp_path / "out", STUB_RUN=str(run)) as process:

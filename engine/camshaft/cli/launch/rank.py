@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from camshaft.cli.streams import put
 from camshaft.distributed import JOB_VARIABLE, forget_meeting
 from camshaft.environment import Environment
 from camshaft.errors import CamshaftError, Interrupted, RecipeError
-from camshaft.processes import Process, alive
+from camshaft.processes import Process, alive, launcher_of, send
 from camshaft.rundir import RunDirectory, utc_now
 
 FRONT_VARIABLE, RUN_VARIABLE = "CAMSHAFT_FRONT", "CAMSHAFT_RUN"
@@ -116,6 +117,7 @@ class Station:
         self.record(status, kind, reason)
         self.note(f"{utc_now()} ended with status {status}: {reason}")
         if kind == "orphan" and self.front is not None:
+            _end_torchrun()
             shutil.rmtree(self.front.job, ignore_errors=True)  # nobody else is left to do it
         forget_meeting()
         self.forced()
@@ -225,6 +227,13 @@ def _ended(station: Station, error: BaseException) -> tuple[int, exits.Kind]:
     station.record(status, kind, "; ".join(station.words(error)))
     station.note("".join(traceback.format_exception(error)))
     return status, kind
+
+
+def _end_torchrun() -> None:
+    """The agent that a front started which is gone: it would wait for minutes, at its end, for a file of the job's."""
+    kind, agent = launcher_of(os.getpid()) or ("", None)
+    if kind == "torchrun" and agent is not None:
+        send(agent, signal.SIGKILL)
 
 
 def _leave(status: int) -> None:
