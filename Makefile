@@ -8,6 +8,9 @@ BIN := .venv/bin
 QUICKSTART_ARGS ?=
 TESTS ?=
 
+# Else every process that tests start would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: venv quickstart test lint types docs bench
 .NOTPARALLEL:
 
@@ -18,7 +21,8 @@ quickstart: venv
 	@$(BIN)/camshaft train recipes/quickstart.yaml $(QUICKSTART_ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	@# More than there are processors here: tests also wait, for messages and for processes.
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(TESTS)
 
 lint: venv
 	$(BIN)/ruff check .
