@@ -13,6 +13,7 @@ import pytest
 
 from camshaft.cli import closing, run
 from camshaft.recipe import load
+from camshaft.rundir import RunDirectory
 
 RECIPE = """
 schema_version: 1
@@ -66,6 +67,23 @@ def test_every_line_is_right_and_keeps_what_was_overridden(
         assert not any(word.startswith("run.dir=") for word in words)
     twice = f"training.max_steps={12 if 'training.max_steps=8' not in overrides else 16}"
     assert any(words[0] == "train" and words[-1] == twice for words in found)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_only_files_that_are_there_are_named(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], written: bool
+) -> None:
+    directory = RunDirectory(tmp_path / "run").create()
+    if written:
+        directory.metrics.touch()
+        (directory.checkpoints / "step_00000006").mkdir(parents=True)
+    loaded = load(recipe).recipe
+    world = SimpleNamespace(recipe=loaded, batch=loaded.batch, world_size=2, run=directory)
+    state: Any = SimpleNamespace(world=world, model=None)
+    data: Any = SimpleNamespace(tokenizer=None)
+    closing.show(state, data, recipe)
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line]
+    assert named == ["run", *["metrics", "checkpoint"] * written]
 
 
 def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

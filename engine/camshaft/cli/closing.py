@@ -25,7 +25,8 @@ def show(state: State, data: Prepared, recipe_path: str, overrides: Sequence[str
     if speaks(state, data):
         announce(f"\n{sample(state, data)}\n")
     announce(f"run          {run.path}")
-    announce(f"metrics      {run.metrics}")
+    if run.metrics.exists():
+        announce(f"metrics      {run.metrics}")
     checkpoints = sorted(path for path in run.checkpoints.glob("step_*") if path.is_dir())
     if checkpoints:
         announce(f"checkpoint   {checkpoints[-1]}")
