@@ -102,9 +102,9 @@ def _run(
             if slope is None:
                 continue
             gain = gain_of(dtype)
-            slope = (slope if gain == 1 else slope.mul_(gain)).to(
-                dtype
-            )  # a pass over all logits, for nothing if it is 1
+            if gain != 1:  # else a pass over all logits for nothing
+                slope.mul_(gain)
+            slope = slope.to(dtype)
             if towards is not None:
                 towards[begin : begin + rows] = slope @ table
             if product is not None:
