@@ -35,6 +35,16 @@ def apart(hidden, weight, labels):
     return ops.cross_entropy(F.linear(hidden, weight), labels)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 37, 64])
+def test_rows_of_logits_begin_at_aligned_places(vocabulary):
+    from camshaft_kernels.triton import head
+
+    logits = head.chunk_buffer(5, torch.ones(vocabulary, 8, dtype=torch.bfloat16))
+    assert logits.shape == (5, vocabulary) and logits.dtype == torch.bfloat16
+    assert logits.stride(1) == 1 and logits.stride(0) - vocabulary in range(16)
+    assert not any(row.storage_offset() % 16 for row in logits)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 9, 37), (1, 30, 512), (3, 2, 9001)], ids=str)
 def test_logits_equal_to_torch(shape, dtype):

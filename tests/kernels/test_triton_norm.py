@@ -39,14 +39,23 @@ def sum_rounded_to(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 2), (3, 7, 37), (2, 5, 256), (501, 3), (2, 3, 4, 6), (203, 100), (5, 5000)], ids=str
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equal_to_torch(shape, dtype):
     weight = randn(shape[-1], dtype=dtype, seed=1)
     compare(norm_alone(kernels()), norm_alone(ops), randn(*shape, dtype=dtype), weight)
     terms = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=2)
     compare(norm_of_sum(kernels()), norm_of_sum(ops), *terms, weight, exactly=sum_rounded_to(dtype))
+
+
+def test_more_partial_sums_of_the_weight_than_are_added_at_a_time(monkeypatch):
+    """As many programs as on a GPU: one turn of the second kernel adds 128 of their rows."""
+    norm = kernels()
+    monkeypatch.setattr(norm, "processors", lambda device: 132)
+    rows, columns = 2 * norm.PARTIAL_TILE[0] + 5, 1100
+    tall, _, of_program, _ = norm.backward_launch(rows, columns, 8)
+    assert tall == 1 and -(-norm.WARPS // of_program) * 132 > norm.PARTIAL_TILE[0]
+    values = randn(rows, columns, dtype=torch.float64), randn(columns, dtype=torch.float64, seed=1)
+    compare(norm_alone(norm), norm_alone(ops), *values)
 
 
 def test_rows_of_one():
