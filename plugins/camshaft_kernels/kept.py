@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from camshaft.activations import Kept
 from camshaft_kernels import table
 from camshaft_kernels.checks import Checks
+from camshaft_kernels.chunks import chunk_size, chunk_tokens, row_elements
 from camshaft_kernels.offers import OFFERS
 from camshaft_kernels.registry import AUTO, own_form
 
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
 FUSED_LOSS = "linear_cross_entropy"
 HEAD = "lm_head"
-CHUNK_BYTES, ROUND, ALIGNED = 1 << 30, 128, 16
-"""Of Triton's chunks of logits: at most so many bytes, multiples of so many tokens, rows of multiples of so many."""
-FEWEST = 256
-"""Tokens of a chunk of the others at least."""
 UNREPEATED = ("flash_attention",)
 """Providers of ``document_attention`` that take key and value heads as they are."""
 
@@ -112,24 +109,11 @@ def _making(sizes: Sizes, vocabulary: int, features: int, provider: str, trains:
     tokens, elements = sizes.hidden // features, vocabulary * features
     around = sizes.hidden * param + (elements * compute if compute < param else 0)
     if provider == "triton":
-        words = -(-vocabulary // ALIGNED) * ALIGNED
         narrowed = sizes.hidden * compute if compute < param else 0
-        return around + narrowed + chunk_tokens(tokens, vocabulary, compute) * words * compute
+        return around + narrowed + chunk_tokens(tokens, vocabulary, compute) * row_elements(vocabulary) * compute
     sums = elements * wide if trains and param < wide else 0
     width = 2 * wide + (compute if compute < wide else 0)  # logits, the same in fp32, and their softmax
     return around + sums + chunk_size(tokens, vocabulary, features) * vocabulary * width
-
-
-def chunk_tokens(tokens: int, vocabulary: int, width: int) -> int:
-    """Tokens of a chunk of Triton's form, with logits of ``width`` bytes; as ``camshaft_kernels.triton.head`` says."""
-    most = max(CHUNK_BYTES // (vocabulary * width) // ROUND, 1) * ROUND
-    even = -(-tokens // max(-(-tokens // most), 1))
-    return min(-(-even // ROUND) * ROUND, tokens)
-
-
-def chunk_size(tokens: int, vocabulary: int, features: int) -> int:
-    """Tokens of a chunk of torch's form; as ``camshaft_kernels.providers.chunked`` says."""
-    return min(max(FEWEST, -(-tokens * features // vocabulary)), tokens)
 
 
 def _trains(sizes: Sizes) -> bool:

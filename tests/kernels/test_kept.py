@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -89,20 +88,6 @@ def test_tritons_gradients_are_fp32(recipe_of, monkeypatch, precision, factor):
     plain = names(recipe_of(FUSED, precision, UNTIED, {}, 1))
     for name in ("gradient of the hidden states", "gradient of the weight"):
         assert ours[("lm_head", name)].bytes == factor * plain[("lm_head", name)].bytes > 0
-
-
-def test_chunks_of_logits_are_counted_as_they_are_made():
-    from camshaft_kernels import kept
-    from camshaft_kernels.providers.chunked import chunk_size
-    from camshaft_kernels.triton.head import ALIGNED, CHUNK_BYTES, chunk_tokens
-
-    assert kept.ALIGNED == ALIGNED
-    for tokens, vocabulary, width in product((1, 255, 4096, 16_384, 131_072), (50, 32_000, 128_256), (2, 4, 8)):
-        made = chunk_tokens(tokens, vocabulary, width, CHUNK_BYTES)
-        assert kept.chunk_tokens(tokens, vocabulary, width) == made
-        assert kept.chunk_size(tokens, vocabulary, 256 * width) == min(
-            chunk_size(tokens, vocabulary, 256 * width), tokens
-        )
 
 
 @pytest.mark.parametrize("precision", [{}, AUTOCAST, NARROW], ids=["fp32", "autocast", "bf16 parameters"])

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from camshaft.ops import cross_entropy
-from camshaft_kernels.providers.chunked import FEWEST, chunk_size, linear_cross_entropy
+from camshaft_kernels.chunks import FEWEST, chunk_size
+from camshaft_kernels.providers.chunked import linear_cross_entropy
 
 
 def apart(hidden, weight, labels):
@@ -50,8 +51,9 @@ def test_fp64_equals_both_apart(chunk, masked):
 def test_odd_sizes_and_several_chunks(tokens, vocabulary, width):
     hidden, weight, labels = inputs(tokens, vocabulary, width)
     if tokens == (1, 600):
-        assert chunk_size(600, vocabulary, width) == 1920
+        assert chunk_size(6000, 50, width) == 1920
         assert chunk_size(600, 50_000, width) == FEWEST
+        assert chunk_size(600, vocabulary, width) == 600
     for got, wanted in zip(
         run(linear_cross_entropy, hidden, weight, labels), run(apart, hidden, weight, labels), strict=True
     ):

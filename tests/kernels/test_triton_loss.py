@@ -244,7 +244,7 @@ def test_kept_for_the_backward():
 
 
 def test_chunks():
-    from camshaft_kernels.triton.head import CHUNK_BYTES, chunk_tokens
+    from camshaft_kernels.chunks import CHUNK_BYTES, chunk_tokens
 
     assert chunk_tokens(16_384, 128_256, 2, CHUNK_BYTES) == 4096  # 4,185 fit: four chunks, even, in multiples of 128
     assert chunk_tokens(16_385, 128_256, 2, CHUNK_BYTES) == 3328

@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camshaft.ops import IGNORED
-
-FEWEST = 256
-"""Tokens of a chunk at least: fewer leave the processor waiting for memory."""
+from camshaft_kernels.chunks import chunk_size
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
@@ -46,11 +44,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
         loss: Tensor = _LinearCrossEntropy.apply(flat, weight, targets, rows, dtype)  # type: ignore[no-untyped-call]
         return loss
     return _run(flat, weight, targets, rows, dtype, (False, False))[0]
-
-
-def chunk_size(tokens: int, vocabulary: int, width: int) -> int:
-    """Tokens of a chunk: its logits have about as many elements as all hidden states."""
-    return max(FEWEST, -(-tokens * width // vocabulary))
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

@@ -18,28 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from camshaft_kernels.triton.launch import ceil_div, check, computed, rows
+from camshaft_kernels.chunks import CHUNK_BYTES, chunk_tokens, row_elements
+from camshaft_kernels.triton.launch import check, computed, rows
 from camshaft_kernels.triton.loss import losses_of
-
-CHUNK_BYTES = 1 << 30
-"""Logits at a time. The weight's gradient is read and written once a chunk: with chunks of a few thousand tokens that
-is little beside the products, with few hundreds it is most of the time."""
-
-ROUND = 128
-"""Chunks are multiples of so many tokens, which matrix products like."""
-
-ALIGNED = 16
-"""Elements of which the distance between rows of logits is a multiple."""
 
 HALF_GAIN = 1024.0
 """fp16 gradients of logits are kept times this: at most 1 each, they would lose what is below 6e-8 otherwise."""
-
-
-def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:
-    """Tokens of a chunk: as even as multiples of ``ROUND`` allow, with logits of ``chunk_bytes`` if those do."""
-    most = max(chunk_bytes // (vocabulary * itemsize) // ROUND, 1) * ROUND
-    even = ceil_div(tokens, ceil_div(tokens, most))
-    return min(ceil_div(even, ROUND) * ROUND, tokens)
 
 
 def dtype_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -81,11 +65,11 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
 
 
 def chunk_buffer(tokens: int, weight: Tensor) -> Tensor:
-    """[tokens, vocabulary] for logits, with rows at multiples of ``ALIGNED`` elements: products and wide loads want
+    """[tokens, vocabulary] for logits, with rows ``row_elements`` apart: products and wide loads want
     that, and a vocabulary of 50,257 has none. Graphs of torch.compile take no ``out`` with gaps, and do without.
     """
     vocabulary = weight.shape[0]
-    words = vocabulary if torch.compiler.is_compiling() else ceil_div(vocabulary, ALIGNED) * ALIGNED
+    words = vocabulary if torch.compiler.is_compiling() else row_elements(vocabulary)
     return torch.empty(tokens, words, dtype=weight.dtype, device=weight.device)[:, :vocabulary]
 
 
@@ -136,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = dtype_of_products(hidden, weight)
         matrix, table = rows(hidden).to(dtype), weight.to(dtype)
         tokens = matrix.shape[0]
-        chunk = chunk_tokens(tokens, weight.shape[0], dtype.itemsize, chunk_bytes) if tokens else 1
+        chunk = chunk_tokens(tokens, weight.shape[0], dtype.itemsize, chunk_bytes)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         with torch.autocast(hidden.device.type, enabled=False):
             flat = labels.reshape(-1).contiguous()
