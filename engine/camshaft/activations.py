@@ -38,7 +38,6 @@ class Kept:
     """Bytes that are there only while the backward of its layer runs: made again, or fetched."""
     making: int = 0
     """Bytes that are there only while its forward makes it, beside itself and what came before."""
-
     once: int = 0
     """More bytes of it in the first window of a process, when optimizers hold no values yet."""
 

@@ -69,12 +69,13 @@ def _of_graphs(options: Options, context: PlanContext, key: str, without: str) -
         reason = "a replayed CUDA graph writes where it wrote before, and a pipeline holds several microbatches at once"
     if reason is not None:
         yield Problem(reason, key=key, fix=f"set {without}")
-    elif (place := _bounds_of_documents(context)) is not None:
+    elif _takes_bounds_of_documents(context):
         yield Problem(
             "a CUDA graph has one shape, and attention inside of documents is given one more number for each document "
             "of a batch: nearly every step would record anew",
             key=key,
-            fix=f"set {place}=torch, which takes a mask, or data.document_mask=false, or {without}",
+            fix="set plugins.kernels.document_attention=torch, which takes a mask, or data.document_mask=false, or "
+            f"{without}",
         )
     elif (times := _microbatches(context)) > 1:
         # github.com/pytorch/pytorch/issues/169545 (an error) and 96693 (wrong sums).
@@ -87,12 +88,11 @@ def _of_graphs(options: Options, context: PlanContext, key: str, without: str) -
         )
 
 
-def _bounds_of_documents(context: PlanContext) -> str | None:
-    """The recipe's key by which attention takes bounds of documents, not a mask; None: it does not."""
+def _takes_bounds_of_documents(context: PlanContext) -> bool:
+    """Whether attention takes them, and not a mask of one shape."""
     data, wishes = context.recipe.data, context.recipe.plugins.get("kernels")
     wish = getattr(wishes, "document_attention", None) or getattr(wishes, "all", None)
-    masked = data.pack and data.document_mask
-    return "plugins.kernels.document_attention" if masked and wish not in (None, "torch") else None
+    return data.pack and data.document_mask and wish not in (None, "torch")
 
 
 def _microbatches(context: PlanContext) -> int:

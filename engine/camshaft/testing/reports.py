@@ -1,4 +1,4 @@
-"""What a rank reports, pickled: tensors as their bytes, a tenth of what torch's own pickling of a small one takes."""
+"""What a rank reports, pickled: tensors as their bytes, where torch pickles each as an archive of its own."""
 
 from __future__ import annotations
 
